@@ -1,0 +1,199 @@
+"""The settings of a pool: one frozen, validated object, filled from keywords and the environment."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import urllib.parse
+from typing import Any, Callable, Mapping, Optional, Tuple
+
+import attr
+
+from .errors import ConfigError, shown
+
+BACKENDS = ("local", "static", "nomad")
+ISOLATIONS = ("auto", "bwrap", "user", "none")
+
+_Validator = Callable[[Any, "attr.Attribute[Any]", Any], None]
+
+
+def _check(expected: str, test: Callable[[Any], bool]) -> _Validator:
+    def validate(_: Any, attribute: attr.Attribute[Any], value: Any) -> None:
+        if not test(value):
+            raise ConfigError(attribute.name, expected, shown(value))
+
+    return validate
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _integer(low: int, high: int) -> _Validator:
+    return _check(f"an integer from {low} to {high}", lambda v: _is_int(v) and low <= v <= high)
+
+
+def _seconds(low: float, high: float) -> _Validator:
+    return _check(f"a number of seconds from {low:g} to {high:g}", lambda v: _is_number(v) and low <= v <= high)
+
+
+def _one_of(*choices: str) -> _Validator:
+    return _check(" or ".join(repr(c) for c in choices), lambda v: v in choices)
+
+
+def _text(v: Any) -> bool:
+    return isinstance(v, str) and bool(v) and v.isprintable()
+
+
+def _is_address(address: Any) -> bool:
+    if not isinstance(address, str):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(address)
+        return bool(parts.scheme in ("http", "https") and parts.hostname or parts.scheme == "unix" and parts.path)
+    except ValueError:
+        return False
+
+
+_path = _check("an absolute path", lambda v: _text(v) and os.path.isabs(v))
+_names = _check("names", lambda v: isinstance(v, tuple) and all(map(_text, v)))
+_string = _check("a non-empty string", _text)
+_flag = _check("True or False", lambda v: isinstance(v, bool))
+
+
+def _or_none(validator: _Validator) -> _Validator:
+    def validate(instance: Any, attribute: attr.Attribute[Any], value: Any) -> None:
+        if value is not None:
+            validator(instance, attribute, value)
+
+    return validate
+
+
+def _strings(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple, set)) else value
+
+
+_paths = _check("absolute paths", lambda v: isinstance(v, tuple) and all(_text(p) and os.path.isabs(p) for p in v))
+_urls = _check(
+    "addresses such as 'http://host:8080'",
+    lambda v: isinstance(v, tuple) and all(map(_is_address, v)),
+)
+
+
+def _field(default: Any, validator: _Validator, **more: Any) -> Any:
+    return attr.ib(default=default, validator=validator, **more)
+
+
+@attr.s(frozen=True, kw_only=True, auto_attribs=True)
+class SlotPoolConfig:
+    """What a pool is made of. Durations are seconds. Every field can be given to :class:`SlotPool` as a keyword instead.
+
+    :ivar backend: where containers come from: ``local`` (server processes on this machine), ``static`` (the standing servers in
+        ``servers``), ``nomad``. Default: ``static`` if ``servers`` is given, ``nomad`` if an address is given or the variable
+        ``NOMAD_ADDR`` is set, else ``local``.
+    :ivar servers: addresses of standing servers, ``http://host:port`` or ``unix:///path``.
+    :ivar token: bearer token of those servers. Default: the variable ``SLOTPOOL_TOKEN``.
+    :ivar slots_per_container: slots of each container.
+    :ivar min_containers: containers that are always there; :meth:`SlotPool.start` waits for them. With 0 the first
+        ``acquire`` starts one.
+    :ivar max_containers: containers that demand can bring about.
+    :ivar acquire_timeout: how long :meth:`SlotPool.acquire` waits unless told otherwise.
+    :ivar start_timeout: how long :meth:`SlotPool.start` waits for ``min_containers``.
+    :ivar command_timeout: limit of a command that is given none.
+    :ivar lease_ttl: a lease that nobody renews ends after this time. The pool renews its leases; when its process dies,
+        its slots come back after this time.
+    :ivar prefetch: idle leases kept ready, so that ``acquire`` needn't ask a server. Default: ``slots_per_container`` when
+        local, 0 when the servers may be shared with other pools.
+    :ivar health_check_interval: longest period between two looks at the containers. Leases are renewed at least three times in a
+        ``lease_ttl``.
+    :ivar scale_cooldown: pause after a scaling that was refused.
+    :ivar scale_down_after: containers that demand does not need any more are ended after this time.
+    :ivar isolation: ``auto`` (the strongest that works, never ``none``), ``bwrap``, ``user`` or ``none``.
+    :ivar network: whether slots can reach the network. Default: the isolation's own, which is no network for ``bwrap``;
+        the other modes can't keep a slot off it.
+    :ivar max_output: bytes kept of a command's stdout, and of its stderr.
+    :ivar max_file_size: bytes of a file read or written.
+    :ivar max_processes: processes and threads of a slot.
+    :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like.
+    :ivar state_dir: where local containers keep workspaces. Default: below the system's directory for temporary files.
+    :ivar nomad_address, job_id, datacenter, image, privileged, cpu, memory, driver, purge_job_on_start, auto_build_local_image,
+        dockerfile_path, docker_build_context: of the Nomad backend.
+    """
+
+    servers: Tuple[str, ...] = _field((), _urls, converter=_strings)
+    nomad_address: Optional[str] = attr.ib(validator=_or_none(_check("an address such as 'http://host:4646'", _is_address)))
+    backend: str = attr.ib(validator=_one_of(*BACKENDS))
+    token: Optional[str] = attr.ib(validator=_or_none(_string), repr=False)
+    slots_per_container: int = _field(10, _integer(1, 1000))
+    min_containers: int = _field(1, _integer(0, 10_000))
+    max_containers: int = _field(10, _integer(1, 10_000))
+    prefetch: int = attr.ib(validator=_integer(0, 100_000))
+    acquire_timeout: float = _field(30.0, _seconds(0, 86_400))
+    start_timeout: float = _field(120.0, _seconds(0.1, 86_400))
+    command_timeout: float = _field(30.0, _seconds(0.001, 86_400))
+    lease_ttl: float = _field(30.0, _seconds(0.5, 3600))
+    health_check_interval: float = _field(30.0, _seconds(0.05, 3600))
+    scale_cooldown: float = _field(60.0, _seconds(0, 86_400))
+    scale_down_after: float = _field(60.0, _seconds(0, 86_400))
+    isolation: str = _field("auto", _one_of(*ISOLATIONS))
+    network: Optional[bool] = _field(None, _or_none(_flag))
+    max_output: int = _field(50_000, _integer(0, 100 * 1024 * 1024))
+    max_file_size: int = _field(256 * 1024 * 1024, _integer(1, 1024 * 1024 * 1024))
+    max_processes: int = _field(1024, _integer(16, 1_000_000))
+    readonly_paths: Tuple[str, ...] = _field((), _paths, converter=_strings)
+    state_dir: Optional[str] = _field(None, _or_none(_path))
+
+    job_id: str = _field("slotpool-sandbox", _string)
+    datacenter: Tuple[str, ...] = _field(("dc1",), _names, converter=_strings)
+    image: str = _field("slotpool-sandbox:local", _string)
+    driver: str = _field("docker", _string)
+    privileged: bool = _field(False, _flag)
+    cpu: int = _field(500, _integer(1, 1_000_000))
+    memory: int = _field(512, _integer(16, 100_000_000))
+    purge_job_on_start: bool = _field(False, _flag)
+    auto_build_local_image: bool = _field(True, _flag)
+    dockerfile_path: Optional[str] = _field(None, _or_none(_string))
+    docker_build_context: Optional[str] = _field(None, _or_none(_string))
+
+    @nomad_address.default
+    def _address_of_environment(self) -> Optional[str]:
+        return None if self.servers else os.environ.get("NOMAD_ADDR") or None
+
+    @backend.default
+    def _backend_of_addresses(self) -> str:
+        return "static" if self.servers else "nomad" if self.nomad_address else "local"
+
+    @token.default
+    def _token_of_environment(self) -> Optional[str]:
+        return os.environ.get("SLOTPOOL_TOKEN") or None
+
+    @prefetch.default
+    def _prefetch_of_backend(self) -> int:
+        return self.slots_per_container if self.backend == "local" else 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_containers < self.min_containers:
+            raise ConfigError("max_containers", f"at least min_containers, {self.min_containers}", shown(self.max_containers))
+        if self.backend == "static" and not self.servers:
+            raise ConfigError("servers", 'at least one address for backend="static"', shown(self.servers))
+        if self.servers and self.backend != "static":
+            raise ConfigError("backend", '"static", as servers are given', shown(self.backend))
+
+    @classmethod
+    def make(cls, settings: Mapping[str, Any]) -> SlotPoolConfig:
+        """The configuration with those fields.
+
+        :raises ConfigError: if one of them isn't a field, or can't have that value.
+        """
+        known = attr.fields_dict(cls)
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"a setting of SlotPoolConfig (did you mean {close[0]}?)" if close else "a setting of SlotPoolConfig"
+                raise ConfigError(name, hint, "an unknown name")
+        return cls(**settings)

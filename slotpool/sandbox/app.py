@@ -1,0 +1,267 @@
+"""The HTTP front of a host: a WSGI application that checks, routes and answers. The routes are in :mod:`.protocol`."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import math
+import urllib.parse
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+
+from . import protocol
+from .host import Answer, Host
+from .protocol import RequestFailed
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+_REASONS = {
+    200: "OK",
+    202: "Accepted",
+    204: "No Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    410: "Gone",
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+    500: "Internal Server Error",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+}
+MAX_TIMEOUT = 86_400.0  # seconds
+MAX_TTL = 3_600.0
+MAX_BATCH = 1_000  # calls, and leases
+
+
+class Response:
+    """A WSGI response body; ``afterwards`` is called when it has been sent."""
+
+    def __init__(self, status: int, body: bytes, content_type: str, afterwards: Optional[Callable[[], None]] = None) -> None:
+        self.status = f"{status} {_REASONS[status]}"
+        self.headers = [("Content-Length", str(len(body)))]
+        if status != 204:
+            self.headers.append(("Content-Type", content_type))
+        self._body = body
+        self._afterwards = afterwards
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._body
+
+    def close(self) -> None:
+        if self._afterwards is not None:
+            self._afterwards()
+
+
+def _json(status: int, value: object, afterwards: Optional[Callable[[], None]] = None) -> Response:
+    # Lone surrogates can come in with a path that is not UTF-8; JSON carries them escaped.
+    return Response(status, json.dumps(value).encode(), "application/json", afterwards)
+
+
+class App:
+    """The WSGI application. Thread-safe.
+
+    :param token: what every request must carry, or None to ask for nothing.
+    """
+
+    def __init__(self, host: Host, token: Optional[str]) -> None:
+        self._host = host
+        self._token = token.encode() if token is not None else None
+        self._fixed: Dict[str, Dict[str, Callable[[WSGIEnvironment], Response]]] = {
+            "/health": {"GET": self._health},
+            "/v1/slots": {"GET": self._slots},
+            "/v1/leases": {"POST": self._lease},
+            "/v1/leases/renew": {"POST": self._renew},
+            "/v1/batch": {"POST": self._batch},
+        }
+        self._of_slot: Dict[str, Dict[str, Callable[[WSGIEnvironment, str, str], Response]]] = {
+            "execute": {"POST": self._execute},
+            "cancel": {"POST": self._cancel},
+            "reset": {"POST": self._reset},
+            "file": {"GET": self._read_file, "PUT": self._write_file},
+        }
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            response = self._route(environ)
+        except RequestFailed as e:
+            response = _json(e.status, {"error": e.body})
+        except Exception:
+            log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            failed = RequestFailed("internal", "the server failed; its log says how")
+            response = _json(failed.status, {"error": failed.body})
+        start_response(response.status, response.headers)
+        return response
+
+    def _route(self, environ: WSGIEnvironment) -> Response:
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        public = path == "/health" and method == "GET" and "HTTP_AUTHORIZATION" not in environ
+        if not public and not self._is_authorized(environ):
+            raise RequestFailed("unauthorized", "expected the header Authorization: Bearer TOKEN with this server's token")
+        if path in self._fixed:
+            return _of_method(self._fixed[path], method)(environ)
+        parts = path.split("/")
+        if len(parts) == 5 and parts[:3] == ["", "v1", "slots"] and parts[4] in self._of_slot:
+            lease = environ.get("HTTP_SLOTPOOL_LEASE", "")
+            return _of_method(self._of_slot[parts[4]], method)(environ, parts[3], lease)
+        raise RequestFailed("not_found", f"there is no {path}")
+
+    def _is_authorized(self, environ: WSGIEnvironment) -> bool:
+        if self._token is None:
+            return True
+        kind, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        return kind == "Bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token)
+
+    def _health(self, environ: WSGIEnvironment) -> Response:
+        details = self._host.health() if "HTTP_AUTHORIZATION" in environ or self._token is None else {}
+        return _json(200, {"status": "ok", **details})
+
+    def _slots(self, environ: WSGIEnvironment) -> Response:
+        return _json(200, {"slots": self._host.describe_slots()})
+
+    def _lease(self, environ: WSGIEnvironment) -> Response:
+        body = _object(environ, "owner", "ttl", "take", "release", "wait")
+        leases = self._host.lease(
+            owner=_string(body, "owner"),
+            ttl=_number(body, "ttl", 0.1, MAX_TTL),
+            take=_count(body, "take"),
+            release=_strings(body, "release"),
+            wait=_number(body, "wait", 0.0, protocol.MAX_WAIT),
+        )
+        return _json(200, {"boot_id": self._host.boot_id, "leases": leases})
+
+    def _renew(self, environ: WSGIEnvironment) -> Response:
+        body = _object(environ, "tokens")
+        return _json(200, {"boot_id": self._host.boot_id, "lost": self._host.renew(_strings(body, "tokens"))})
+
+    def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
+        body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")
+        wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
+        (answer,), afterwards = self._host.execute([_call(body, slot, lease)], wait)
+        if isinstance(answer, RequestFailed):
+            raise answer
+        return _json(202 if answer is None else 200, _answered(answer), afterwards)
+
+    def _batch(self, environ: WSGIEnvironment) -> Response:
+        body = _object(environ, "calls", "wait")
+        wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
+        calls = body.get("calls")
+        if not isinstance(calls, list) or len(calls) > MAX_BATCH or not all(isinstance(call, dict) for call in calls):
+            raise protocol.invalid("calls", f"a list of at most {MAX_BATCH} objects", calls)
+        answers, afterwards = self._host.execute(
+            [_call(call, _string(call, "slot"), _string(call, "lease")) for call in calls], wait
+        )
+        return _json(200, {"results": [_answered(answer) for answer in answers]}, afterwards)
+
+    def _cancel(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
+        body = _object(environ, "execution_id")
+        return _json(200, {"cancelled": self._host.cancel(slot, lease, _string(body, "execution_id"))})
+
+    def _reset(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
+        network = _object(environ, "network").get("network")
+        if not isinstance(network, (bool, type(None))):
+            raise protocol.invalid("network", "a boolean or null", network)
+        return _json(200, {"network": self._host.reset(slot, lease, network)})
+
+    def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
+        content = self._host.read_file(slot, lease, _path(environ))
+        return Response(200, content, "application/octet-stream")
+
+    def _write_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
+        content = _body(environ, self._host.config.max_file, "content")
+        self._host.write_file(slot, lease, _path(environ), content)
+        return Response(204, b"", "")
+
+
+def _of_method(methods: Dict[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
+    if method not in methods:
+        raise RequestFailed("method_not_allowed", f"expected {' or '.join(methods)}, got {method}")
+    return methods[method]
+
+
+def _answered(answer: Answer) -> Dict[str, Any]:
+    if answer is None:
+        return {"running": True}
+    if isinstance(answer, RequestFailed):
+        return {"error": answer.body}
+    return dict(answer)
+
+
+def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
+    length = int(environ.get("CONTENT_LENGTH") or 0)
+    if length > limit:
+        got = f"{length} bytes"
+        raise RequestFailed(
+            "too_large", f"{field}: at most {limit} bytes, got {got}", field=field, expected=f"at most {limit} bytes", got=got
+        )
+    body: bytes = environ["wsgi.input"].read(length)
+    return body
+
+
+def _object(environ: WSGIEnvironment, *fields: str) -> Dict[str, Any]:
+    """The request's JSON object, with no fields but these."""
+    text = _body(environ, protocol.MAX_JSON, "body")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise protocol.invalid("body", "JSON", f"{text[:60]!r}: {e}") from e
+    if not isinstance(value, dict):
+        raise protocol.invalid("body", "a JSON object", value)
+    for name in value:
+        if name not in fields:
+            raise protocol.invalid("body", "only the fields " + ", ".join(fields), name)
+    return value
+
+
+def _string(body: Dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value or len(value) > 1000 or not value.isprintable():
+        raise protocol.invalid(name, "a printable string of 1 to 1000 characters", value)
+    return value
+
+
+def _strings(body: Dict[str, Any], name: str) -> Sequence[str]:
+    value = body.get(name, [])
+    if not isinstance(value, list) or len(value) > 10 * MAX_BATCH or not all(isinstance(one, str) for one in value):
+        raise protocol.invalid(name, "a list of strings", value)
+    return value
+
+
+def _number(body: Dict[str, Any], name: str, low: float, high: float) -> float:
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+        raise protocol.invalid(name, f"a number of seconds from {low:g} to {high:g}", value)
+    return float(value)
+
+
+def _count(body: Dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BATCH:
+        raise protocol.invalid(name, f"an integer from 0 to {MAX_BATCH}", value)
+    return value
+
+
+def _call(body: Dict[str, Any], slot: str, lease: str) -> protocol.CallRequest:
+    return {
+        "slot": slot,
+        "lease": lease,
+        "execution_id": _string(body, "execution_id"),
+        "tool": body.get("tool"),  # type: ignore[typeddict-item]  # checked where the tools are known
+        "args": body.get("args"),  # type: ignore[typeddict-item]
+        "timeout": _number(body, "timeout", 0.001, MAX_TIMEOUT),
+    }
+
+
+def _path(environ: WSGIEnvironment) -> str:
+    """The query's one field; percent-encoded bytes, as paths need not be UTF-8."""
+    fields: List[Tuple[str, str]] = urllib.parse.parse_qsl(
+        environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="surrogateescape"
+    )
+    if [name for name, _ in fields] != ["path"]:
+        raise protocol.invalid("query", "path=PATH and nothing else", environ.get("QUERY_STRING", ""))
+    return fields[0][1]

@@ -1,0 +1,200 @@
+"""Bounded output under a deadline: drive calls until their processes end, keeping head and tail of what they print."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+import termios
+import time
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+import attr
+
+from .cell import Call
+
+KILL_LIMIT = 2.0  # seconds that the zygote has to kill a call, a little more than it gives itself
+_READ_SIZE = 65536
+
+
+class Output:
+    """What one stream printed: everything up to ``limit`` bytes, beyond that its first and last halves."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_limit = limit // 2
+        self._tail_limit = limit - self._head_limit
+        self._head = bytearray()
+        self._tail = b""
+        self._total = 0
+
+    def add(self, chunk: bytes) -> None:
+        self._total += len(chunk)
+        room = self._head_limit - len(self._head)
+        if room > 0:
+            self._head += chunk[:room]
+            chunk = chunk[room:]
+        if chunk:
+            self._tail = (self._tail + chunk)[-self._tail_limit :] if self._tail_limit else b""
+
+    @property
+    def omitted(self) -> int:
+        """Bytes left out between head and tail."""
+        return self._total - len(self._head) - len(self._tail)
+
+    @property
+    def truncated(self) -> bool:
+        return self.omitted > 0
+
+    def bytes(self) -> bytes:
+        """What was kept."""
+        return bytes(self._head) + self._tail
+
+    def ends_with(self, suffix: bytes) -> bool:
+        return not self.truncated and self.bytes().endswith(suffix)
+
+    def text(self) -> str:
+        """What was kept, as UTF-8; a line in between says how much was left out. Other bytes become U+FFFD."""
+        if not self.truncated:
+            return self.bytes().decode("utf-8", "replace")
+        head = bytes(self._head[: _whole_characters(self._head)]).decode("utf-8", "replace")
+        start = 0
+        while start < min(3, len(self._tail)) and self._tail[start] & 0xC0 == 0x80:
+            start += 1  # the rest of a character whose beginning was left out
+        tail = self._tail[start:].decode("utf-8", "replace")
+        return f"{head}\n[... {self.omitted} bytes left out ...]\n{tail}"
+
+
+def _whole_characters(data: bytearray) -> int:
+    """The length of ``data`` without a character at its end that was cut through."""
+    for back in range(1, min(3, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        need = 2 if byte & 0xE0 == 0xC0 else 3 if byte & 0xF0 == 0xE0 else 4 if byte & 0xF8 == 0xF0 else 1
+        return len(data) - back if need > back else len(data)
+    return len(data)
+
+
+@attr.s(slots=True, auto_attribs=True)
+class Outcome:
+    """How a call ended."""
+
+    stdout: Output
+    stderr: Output
+    status: Optional[int] = None  # as waitpid gives it; None if the zygote was lost before it could tell
+    timed_out: bool = False
+    cancelled: bool = False
+    duration: float = 0.0  # seconds
+
+    @property
+    def lost(self) -> bool:
+        return self.status is None
+
+
+@attr.s(slots=True, auto_attribs=True, eq=False)
+class Job:
+    """A call with its limits, to be driven; ``on_end`` is called once, when ``outcome`` is complete."""
+
+    call: Call
+    deadline: float  # on the monotonic clock
+    stdout_limit: int
+    stderr_limit: int
+    on_end: Callable[[], None]
+    outcome: Outcome = attr.ib(init=False)
+    started: float = attr.ib(factory=time.monotonic, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.outcome = Outcome(Output(self.stdout_limit), Output(self.stderr_limit))
+
+
+class Driver:
+    """Feed and read calls, side by side, until each has ended. Used by one thread at a time.
+
+    Each call's descriptors are closed as it ends. A call past its deadline is killed; if that can't be
+    confirmed in ``KILL_LIMIT`` seconds, its outcome is ``lost``.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._poll = select.poll()
+        self._handles: Dict[int, Tuple[Job, str]] = {}
+        self._open = set(jobs)
+        for job in jobs:
+            call = job.call
+            self._watch(job, "status", call.sock.fileno(), select.POLLIN)
+            self._watch(job, "stdout", call.stdout, select.POLLIN)
+            self._watch(job, "stderr", call.stderr, select.POLLIN)
+            for feed in call.feeds:
+                if call.feed(feed.fd):
+                    call.close_feed(feed.fd)
+                else:
+                    self._watch(job, "feed", feed.fd, select.POLLOUT)
+
+    def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
+        self._handles[fd] = job, what
+        self._poll.register(fd, events)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handles.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def run(self, until: float = float("inf")) -> bool:
+        """Go on until all have ended, or until that time on the monotonic clock; whether all have ended."""
+        while self._open:
+            now = time.monotonic()
+            first = min(job.deadline for job in self._open)
+            if now >= first:
+                for job in [job for job in self._open if now >= job.deadline]:
+                    self._expire(job, now)
+                continue
+            if now >= until:
+                return False
+            for fd, event in self._poll.poll((min(first, until) - now) * 1000 + 1):
+                if fd in self._handles:
+                    job, what = self._handles[fd]
+                    self._handle(job, what, fd, event)
+        return True
+
+    def _handle(self, job: Job, what: str, fd: int, event: int) -> None:
+        if what == "status":
+            job.outcome.status = job.call.read_status()
+            self._finish(job)
+        elif what == "feed":
+            if event & select.POLLERR or job.call.feed(fd):
+                self._unwatch(fd)
+                job.call.close_feed(fd)
+        else:
+            chunk = os.read(fd, _READ_SIZE)
+            if chunk:
+                getattr(job.outcome, what).add(chunk)
+            else:
+                self._unwatch(fd)
+
+    def _expire(self, job: Job, now: float) -> None:
+        if job.outcome.timed_out:  # it was killed, and the zygote doesn't confirm it
+            self._finish(job)
+            return
+        job.outcome.timed_out = True
+        job.deadline = now + KILL_LIMIT
+        job.call.kill()
+
+    def _finish(self, job: Job) -> None:
+        call = job.call
+        for fd, output in ((call.stdout, job.outcome.stdout), (call.stderr, job.outcome.stderr)):
+            if fd in self._handles:
+                _drain(fd, output)
+        for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
+            self._unwatch(fd)
+        job.outcome.cancelled = call.close()
+        job.outcome.duration = time.monotonic() - job.started
+        self._open.discard(job)
+        job.on_end()
+
+
+def _drain(fd: int, output: Output) -> None:
+    """Read what is in the pipe now; a background process may hold it open, and write to it, for ever."""
+    (left,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
+    while left > 0:
+        chunk = os.read(fd, min(left, _READ_SIZE))
+        left -= len(chunk)
+        output.add(chunk)

@@ -1,0 +1,290 @@
+"""The server's hands on sandboxes: the nursery's process, one sandbox (a *cell*), one call in it.
+
+A slot gets a new cell for each lease: when a lease ends, its sandbox is destroyed as a whole, so nothing of it is left
+to be cleaned but the workspace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from ..errors import SandboxStartFailed
+from . import nursery, zygote
+from .confine import Order
+
+START_LIMIT = 10.0  # seconds for a sandbox to stand
+DEATH_LIMIT = 10.0  # seconds for all its processes to die
+_PIPE_CHUNK = 1 << 16
+
+
+class NurseryProcess:
+    """The running nursery. Thread-safe."""
+
+    def __init__(self, directory: str, lock: int) -> None:
+        """Start it. It removes ``directory`` when it ends, after every sandbox, and keeps ``lock`` open until then."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with near, far:
+            package_root = str(Path(__file__).resolve().parents[2])
+            bootstrap = "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[far.fileno(), lock],
+                start_new_session=True,
+                env={},
+                cwd="/",
+            )
+            self._control = near.dup()
+
+    def spawn(self, order: Order) -> Cell:
+        """Make a sandbox; returns when a zygote stands in it.
+
+        :raises SandboxStartFailed: with the reason. Nothing is left of the attempt.
+        """
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with far, far_lifeline:
+            try:
+                socket.send_fds(self._control, [json.dumps(order).encode()], [far.fileno(), far_lifeline.fileno()])
+            except OSError as e:
+                near.close()
+                lifeline.close()
+                raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
+        cell = Cell(order, near, lifeline)
+        try:
+            cell.wait_ready()
+        except BaseException:
+            cell.destroy()
+            raise
+        return cell
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.wait()
+
+    def close(self) -> None:
+        """End every sandbox and the nursery; returns when it has ended."""
+        self._control.close()
+        self.wait()
+
+
+class Cell:
+    """One sandbox. Thread-safe; calls in it may run side by side."""
+
+    def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket) -> None:
+        self.order = order
+        self._control = control
+        self._lifeline = lifeline
+        self._lock = threading.Lock()  # guards _armed and _destroyed, and that the sockets aren't closed while in use
+        self._armed: List[Call] = []
+        self._destroyed = False
+        self._ending = threading.Lock()  # guards _dead, so that of several who destroy it each learns how that went
+        self._dead: Optional[bool] = None
+
+    def wait_ready(self) -> None:
+        self._control.settimeout(START_LIMIT)
+        try:
+            told = self._control.recv(8192)
+        except socket.timeout:
+            raise SandboxStartFailed(f"the sandbox did not stand within {START_LIMIT:.0f} s") from None
+        self._control.settimeout(None)
+        if told != zygote.READY:
+            why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
+            raise SandboxStartFailed(f"the sandbox could not be made: {why}")
+
+    def arm(self, count: int = 1) -> None:
+        """See that ``count`` shells are started and waiting for a script, so that :meth:`shell` needn't start one."""
+        while True:
+            with self._lock:
+                if self._destroyed or len(self._armed) >= count:
+                    return
+            call = self._new_shell(stdin=False)
+            with self._lock:
+                if not self._destroyed:
+                    self._armed.append(call)
+                    continue
+            call.close()
+
+    def shell(self, script: bytes, stdin: Optional[bytes]) -> Call:
+        """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
+        call = None
+        while stdin is None and call is None:
+            with self._lock:
+                if not self._armed:
+                    break
+                call = self._armed.pop(0)
+            if call.has_ended():  # what the slot ran before has killed it
+                call.close()
+                call = None
+        if call is None:
+            call = self._new_shell(stdin=stdin is not None)
+        call.set_feed("script", script)
+        if stdin is not None:
+            call.set_feed("stdin", stdin)
+        return call
+
+    def _new_shell(self, stdin: bool) -> Call:
+        return Call(self, {"op": "shell"}, feeds=("script", "stdin") if stdin else ("script",))
+
+    def read(self, path: str, limit: int) -> Call:
+        return Call(self, {"op": "read", "path": path, "limit": limit}, feeds=())
+
+    def write(self, path: str, content: bytes) -> Call:
+        call = Call(self, {"op": "write", "path": path, "size": len(content)}, feeds=("stdin",))
+        call.set_feed("stdin", content)
+        return call
+
+    def send(self, order: Dict[str, object], fds: Sequence[int]) -> None:
+        with self._lock:
+            if self._destroyed:
+                raise OSError(errno.EPIPE, "the sandbox is gone")
+            # A zygote that doesn't read makes this block, so it is never waited for.
+            socket.send_fds(self._control, [json.dumps(order).encode()], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def destroy(self) -> bool:
+        """Kill every process in it; True if it is certain that none is left. Calls in it end as lost. Repeatable."""
+        with self._lock:
+            self._destroyed = True
+            armed, self._armed = self._armed, []
+        for call in armed:
+            call.close()
+        with self._ending:
+            if self._dead is None:
+                self._dead = self._end()
+            return self._dead
+
+    def _end(self) -> bool:
+        try:
+            self._lifeline.shutdown(socket.SHUT_WR)
+            self._lifeline.settimeout(DEATH_LIMIT)
+            return self._lifeline.recv(64) == nursery.DEAD
+        except OSError:
+            return False
+        finally:
+            self._lifeline.close()
+            self._control.close()
+
+
+class Feed:
+    """Bytes on their way into a call's pipe."""
+
+    __slots__ = ("name", "fd", "rest")
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name = name
+        self.fd = fd
+        self.rest = memoryview(b"")
+
+
+class Call:
+    """One process in a cell, and the near ends of its pipes. Used by one thread, but :meth:`kill` and :meth:`cancel`."""
+
+    def __init__(self, cell: Cell, order: Dict[str, object], feeds: Sequence[str]) -> None:
+        """Start it.
+
+        :raises OSError: if the sandbox is gone or does not take orders.
+        """
+        self._lock = threading.Lock()  # guards _closed and _cancelled against cancel() from other threads
+        self._closed = False
+        self._cancelled = False
+        self.cell = cell
+        self.feeds: List[Feed] = []
+        with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
+            self.sock, far_sock = socket.socketpair()
+            near.callback(self.sock.close)
+            far.callback(far_sock.close)
+            pipes: Dict[str, int] = {}
+            for name in ("stdout", "stderr", *feeds):
+                ours, theirs = os.pipe()
+                if name in feeds:
+                    ours, theirs = theirs, ours
+                    os.set_blocking(ours, False)
+                    self.feeds.append(Feed(name, ours))
+                near.callback(os.close, ours)
+                far.callback(os.close, theirs)
+                if name == "stdout":
+                    self.stdout = ours
+                elif name == "stderr":
+                    self.stderr = ours
+                pipes[name] = theirs
+            uid = cell.order["uid"]
+            if uid != os.geteuid():
+                for fd in pipes.values():  # else /dev/stdout could not be opened by the slot's user
+                    os.fchown(fd, uid, cell.order["gid"])
+            cell.send({**order, "fds": ["call", *pipes]}, [far_sock.fileno(), *pipes.values()])
+            near.pop_all()  # close() sees to these from now on
+
+    def set_feed(self, name: str, content: bytes) -> None:
+        next(feed for feed in self.feeds if feed.name == name).rest = memoryview(content)
+
+    def feed(self, fd: int) -> bool:
+        """Write as much as the pipe takes; True once everything is written, or nobody reads it."""
+        feed = next(feed for feed in self.feeds if feed.fd == fd)
+        try:
+            while feed.rest:
+                feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            pass
+        return True
+
+    def close_feed(self, fd: int) -> None:
+        self.feeds = [feed for feed in self.feeds if feed.fd != fd]
+        os.close(fd)
+
+    def has_ended(self) -> bool:
+        """Whether :meth:`read_status` would return at once."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def read_status(self) -> Optional[int]:
+        """The wait status; None if the zygote has gone without telling it."""
+        try:
+            told = self.sock.recv(zygote.STATUS.size)
+        except OSError:
+            return None
+        return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
+
+    def kill(self) -> None:
+        """Have the zygote kill the process and all that it started. Its status still comes."""
+        with self._lock:
+            self._kill()
+
+    def cancel(self) -> None:
+        """:meth:`kill`, and remember that it was asked for. Nothing if the call has ended. Thread-safe."""
+        with self._lock:
+            if not self._closed:
+                self._cancelled = True
+                self._kill()
+
+    def _kill(self) -> None:
+        try:
+            self.sock.send(b"k", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except OSError:  # it has ended
+            pass
+
+    def close(self) -> bool:
+        """Close everything; a process that still runs is killed. Whether the call was cancelled."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.sock.close()
+                os.close(self.stdout)
+                os.close(self.stderr)
+                for feed in self.feeds:
+                    os.close(feed.fd)
+            return self._cancelled

@@ -1,0 +1,228 @@
+"""Talk to one sandbox server, see :mod:`.protocol`: what to repeat, for how long, and what to raise in the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import urllib.parse
+import uuid
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
+
+from ..errors import ContainerLost, ContainerRefused, SlotPoolError
+from . import protocol
+from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, Result
+from .transport import Broken, NotSent, Transport
+
+log = logging.getLogger(__name__)
+
+_HOLD = 20.0  # seconds that one request waits for a result, so that a server that has vanished is noticed
+_SLACK = 10.0  # seconds more than its work takes that a server may be silent
+_ENDING = 3.0  # seconds that a server takes at most to end a command whose time is up
+_PAUSES = (0.05, 0.2, 0.5)  # before each repetition, in seconds
+_CANCEL_TIMEOUT = 3.0
+_FILE_TIMEOUT = 330.0
+
+T = TypeVar("T")
+
+
+class SandboxClient:
+    """One container's server. Thread-safe.
+
+    :param address: ``http://host:port``, ``https://host:port`` or ``unix:///path``.
+    :param token: the server's bearer token.
+    :param connections: how many to keep open.
+    """
+
+    def __init__(self, address: str, token: Optional[str] = None, connections: int = 10) -> None:
+        self.address = address
+        self._http = Transport(address, token, connections)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def health(self, timeout: float = _SLACK) -> Dict[str, Any]:
+        """``GET /health``. Safe to repeat.
+
+        :raises ContainerLost: if there is no answer.
+        """
+        return self._dict(self._repeat(lambda: self._http.json("GET", "/health", None, timeout)))
+
+    def slots(self) -> List[Dict[str, str]]:
+        """``GET /v1/slots``. Safe to repeat."""
+        found = self._dict(self._repeat(lambda: self._http.json("GET", "/v1/slots", None, _SLACK)))["slots"]
+        return list(found)
+
+    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str] = (), wait: float = 0.0) -> LeaseAnswer:
+        """``POST /v1/leases``: give leases back, then take up to ``take``. Not repeated once it may have been sent: leases
+        whose grant is lost on the way end by themselves after ``ttl`` seconds.
+        """
+        body = {"owner": owner, "ttl": ttl, "take": take, "release": list(release), "wait": wait}
+        answer: Any = self._dict(self._repeat(lambda: self._http.post("/v1/leases", body, wait + _SLACK), once_sent=False))
+        return answer  # type: ignore[no-any-return]
+
+    def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> List[str]:
+        """``POST /v1/leases/renew``; the tokens that aren't held any more. Not repeated."""
+        try:
+            answer = self._http.post("/v1/leases/renew", {"tokens": list(tokens)}, timeout)
+        except (NotSent, Broken) as e:
+            raise self._lost(str(e), False) from e
+        return list(self._dict((answer[0], answer[1], False))["lost"])
+
+    def execute(
+        self,
+        slot: str,
+        lease: str,
+        tool: str,
+        args: Mapping[str, Any],
+        timeout: float,
+        execution_id: Optional[str] = None,
+    ) -> Result:
+        """Run a tool, at most once, and wait for its result.
+
+        The request carries an id, so that it is repeated after a broken connection without being run again. An interrupt
+        (Ctrl-C) ends the command before it is raised on.
+
+        :param timeout: seconds until the command is killed; the request's own limits follow from it.
+        :raises SlotError: ``may_have_run`` tells whether a repetition by the caller could run it twice.
+        :raises InvalidRequest: nothing was run.
+        """
+        execution_id = execution_id or uuid.uuid4().hex
+        call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
+        path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
+        deadline = time.monotonic() + timeout + _ENDING + _SLACK
+
+        def ask() -> Tuple[int, Any]:
+            wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
+            return self._http.post(path, {**call, "wait": wait}, wait + _SLACK, headers)
+
+        try:
+            while True:
+                status, body, repeated = self._repeat(ask)
+                if status != 202:
+                    result: Any = self._dict((status, body, repeated))
+                    return result  # type: ignore[no-any-return]
+                if time.monotonic() > deadline:
+                    raise self._lost(f"the command should have ended {_ENDING + _SLACK:.0f} s ago", True)
+        except (KeyboardInterrupt, SystemExit):
+            self.cancel_quietly(slot, lease, execution_id)
+            raise
+
+    def batch(self, calls: Sequence[CallRequest]) -> List[object]:
+        """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
+        exception that :meth:`execute` would have raised.
+        """
+        deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
+        found: List[object] = [None] * len(calls)
+        open_: List[int] = list(range(len(calls)))
+
+        def ask() -> Tuple[int, Any]:
+            wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
+            return self._http.post("/v1/batch", {"calls": [calls[i] for i in open_], "wait": wait}, wait + _SLACK)
+
+        try:
+            while open_:
+                if time.monotonic() > deadline:
+                    raise self._lost(f"the commands should have ended {_ENDING + _SLACK:.0f} s ago", True)
+                status, body, repeated = self._repeat(ask)
+                answers = self._dict((status, body, repeated))["results"]
+                for i, answer in zip(open_, answers):
+                    if "error" in answer:
+                        found[i] = protocol.to_exception(0, answer, repeated)
+                    elif "running" not in answer:
+                        found[i] = answer
+                open_ = [i for i in open_ if found[i] is None]
+        except SlotPoolError as e:
+            for i in open_:
+                found[i] = e
+        except (KeyboardInterrupt, SystemExit):
+            for i in open_:
+                self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
+            raise
+        return found
+
+    def cancel_quietly(self, slot: str, lease: str, execution_id: str) -> None:
+        """Kill an execution if it runs. A failure is logged, not raised: the lease's end kills it anyway."""
+        try:
+            self._http.post(
+                f"/v1/slots/{slot}/cancel", {"execution_id": execution_id}, _CANCEL_TIMEOUT, {LEASE_HEADER: lease}
+            )
+        except (NotSent, Broken) as e:
+            log.warning("could not cancel execution %s in %s of %s: %s", execution_id, slot, self.address, e)
+
+    def reset(self, slot: str, lease: str, network: Optional[bool] = None) -> bool:
+        """Empty the slot and kill its processes, keeping the lease; whether it has network. Safe to repeat."""
+        path, headers = f"/v1/slots/{slot}/reset", {LEASE_HEADER: lease}
+        answer = self._repeat(lambda: self._http.post(path, {"network": network}, 3 * _SLACK, headers))
+        return bool(self._dict(answer)["network"])
+
+    def read_file(self, slot: str, lease: str, path: str) -> bytes:
+        """The content of a file. Safe to repeat.
+
+        :raises FileError: as the slot's own processes would see it.
+        """
+        headers = {LEASE_HEADER: lease}
+        status, content, repeated = self._repeat(
+            lambda: self._http.request("GET", _file(slot, path), None, _FILE_TIMEOUT, headers)[:2]
+        )
+        if status != 200:
+            raise self._refused(status, content, repeated)
+        return content
+
+    def write_file(self, slot: str, lease: str, path: str, content: bytes) -> None:
+        """Replace a file, as a whole or not at all; directories on the way are made. Safe to repeat.
+
+        :raises FileError: as the slot's own processes would see it.
+        """
+        headers = {LEASE_HEADER: lease, "Content-Type": "application/octet-stream"}
+        status, answer, repeated = self._repeat(
+            lambda: self._http.request("PUT", _file(slot, path), content, _FILE_TIMEOUT, headers)[:2]
+        )
+        if status != 204:
+            raise self._refused(status, answer, repeated)
+
+    def _repeat(self, ask: Callable[[], Tuple[int, T]], once_sent: bool = True) -> Tuple[int, T, bool]:
+        """Ask until there is an answer; the answer, and whether an earlier try may have reached the server.
+
+        :param once_sent: also ask again after a try that may have reached it.
+        :raises ContainerLost: after the last try.
+        """
+        sent = False
+        for pause in (*_PAUSES, None):
+            try:
+                return (*ask(), sent)
+            except NotSent as e:
+                failure: Exception = e
+            except Broken as e:
+                failure, sent = e, True
+                if not once_sent:
+                    break
+            if pause is None:
+                break
+            log.info("asking %s again: %s", self.address, failure)
+            time.sleep(pause)
+        raise self._lost(str(failure), sent) from failure
+
+    def _lost(self, why: str, may_have_run: bool) -> ContainerLost:
+        return ContainerLost(f"no answer from the container at {self.address}: {why}", may_have_run)
+
+    def _dict(self, answer: Tuple[int, Any, bool]) -> Dict[str, Any]:
+        status, body, repeated = answer
+        if status != 200:
+            raise protocol.to_exception(status, body, repeated)
+        if not isinstance(body, dict):
+            raise ContainerRefused(f"{self.address} answered with something else than a JSON object; is it a sandbox server?", True)
+        return body
+
+    @staticmethod
+    def _refused(status: int, content: bytes, repeated: bool) -> SlotPoolError:
+        try:
+            body = json.loads(content)
+        except ValueError:
+            body = None
+        return protocol.to_exception(status, body, repeated)
+
+
+def _file(slot: str, path: str) -> str:
+    quoted = urllib.parse.quote(path.encode("utf-8", "surrogateescape"), safe="")
+    return f"/v1/slots/{slot}/file?path={quoted}"

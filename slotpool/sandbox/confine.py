@@ -1,0 +1,163 @@
+"""What a process does to itself to be inside a sandbox. Standard library alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import select
+import signal
+import time
+from typing import Dict, List, NoReturn, Optional, TypedDict
+
+from . import landlock, linux, trees
+
+_KILL_LIMIT = 5.0  # seconds
+_NS_GET_USERNS = 0xB701  # ioctl_ns(2)
+_NAMESPACES = (
+    ("ipc", linux.CLONE_NEWIPC),
+    ("uts", linux.CLONE_NEWUTS),
+    ("net", linux.CLONE_NEWNET),
+    ("pid", linux.CLONE_NEWPID),
+    ("mnt", linux.CLONE_NEWNS),
+)
+
+
+class Landlock(TypedDict):
+    """The arguments of :func:`slotpool.sandbox.landlock.restrict`."""
+
+    read: List[str]
+    write: List[str]
+    scratch: List[str]
+    devices: List[str]
+
+
+class Order(TypedDict):
+    """What a sandbox shall be: the server's order to the nursery."""
+
+    mode: str
+    bwrap: List[str]  # mode bwrap: bubblewrap's command line, up to the payload
+    uid: int  # the user that the sandbox's processes have, seen from outside
+    gid: int
+    inner_uid: int  # and seen from inside; another one in mode bwrap only
+    inner_gid: int
+    workspace: str  # the working directory, seen from inside
+    env: Dict[str, str]
+    umask: int
+    limits: Dict[str, int]  # by the names of resource.RLIMIT_*
+    landlock: Optional[Landlock]
+    scratch: List[str]  # mode user: shared directories to clear of the user's files at the end
+
+
+def become_user(uid: int, gid: int) -> None:
+    """Change to user ``uid`` for good, without supplementary groups; nothing if it is that user already."""
+    if os.getresuid() == (uid, uid, uid):
+        return
+    if os.getgroups():
+        os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def settle(order: Order) -> None:
+    """The last steps, once the process has its user and namespaces: no way back, limits, Landlock, the directory."""
+    if order["mode"] != "bwrap":  # there the zygote dies with its PID namespace, and its parent is gone by design
+        linux.set_parent_death_signal(signal.SIGKILL)
+    if order["mode"] != "none":
+        linux.drop_capabilities()
+        linux.set_no_new_privs()
+    for name, value in order["limits"].items():
+        kind = getattr(resource, name)
+        _, hard = resource.getrlimit(kind)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    os.umask(order["umask"])
+    os.chdir(order["workspace"])
+    confined = order["landlock"]
+    if confined is not None:
+        landlock.restrict(**confined)
+
+
+def exec_bwrap(order: Order, stdin: int, stdout: int, info: int) -> NoReturn:
+    """Become bubblewrap, as the sandbox's user; the payload copies ``stdin`` to ``stdout``."""
+    try:
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        parent = os.getppid()
+        become_user(order["uid"], order["gid"])
+        linux.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be noticed
+            os._exit(126)
+        os.set_inheritable(info, True)
+        argv = [*order["bwrap"], "--info-fd", str(info), "--", "/bin/cat"]
+        os.execve(argv[0], argv, {})
+    except OSError as e:
+        os.write(2, f"slotpool: can't start bubblewrap: {e}\n".encode())
+    finally:
+        os._exit(126)
+
+
+def enter_namespaces(pid: int, order: Order) -> None:
+    """Join the namespaces of process ``pid`` and take the sandbox's user; returns in a child of the caller."""
+    if os.geteuid() == 0:
+        os.setgroups([])  # not allowed any more once inside
+    user = _namespace(pid, "user")
+    others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES]
+    # Bubblewrap mounts devpts as one user and then goes on as another, in a user namespace below the one that owns all else.
+    owner = fcntl.ioctl(others[-1][0], _NS_GET_USERNS)
+    linux.setns(owner, linux.CLONE_NEWUSER)
+    _forbid_user_namespaces()
+    for fd, kind in others:
+        linux.setns(fd, kind)
+    if not os.path.sameopenfile(owner, user):
+        linux.setns(user, linux.CLONE_NEWUSER)
+    for fd in (user, owner, *(fd for fd, _ in others)):
+        os.close(fd)
+    if os.fork():  # only children are in the new PID namespace
+        os._exit(0)
+    become_user(order["inner_uid"], order["inner_gid"])
+
+
+def _namespace(pid: int, name: str) -> int:
+    return os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _forbid_user_namespaces() -> None:
+    """Keep the slot from making user namespaces of its own, in which much more of the kernel can be attacked.
+
+    A second line of defence, so a system whose /proc/sys is read-only goes without it.
+    """
+    try:
+        with open("/proc/sys/user/max_user_namespaces", "wb") as limit:
+            limit.write(b"0")
+    except OSError:
+        pass
+
+
+def clear_user(uid: int, gid: int, scratch: List[str]) -> bool:
+    """Become ``uid``, kill all its other processes, remove its files in ``scratch``; whether nothing is left."""
+    become_user(uid, gid)
+    os.kill(-1, signal.SIGKILL)  # all at once: a process that has this signal pending can't fork
+    deadline = time.monotonic() + _KILL_LIMIT
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid() and not _wait_if_ours(int(name), deadline):
+            return False
+    linux.remove_ipc_objects(uid)
+    for directory in scratch:
+        trees.remove_owned(directory, uid)
+    return True
+
+
+def _wait_if_ours(pid: int, deadline: float) -> bool:
+    try:
+        os.kill(pid, 0)
+        fd = os.pidfd_open(pid)
+    except (PermissionError, ProcessLookupError):
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    finally:
+        os.close(fd)

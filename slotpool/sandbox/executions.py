@@ -1,0 +1,108 @@
+"""At most once: what has been asked for in a lease, by execution id, and what came of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Callable, Dict, Optional, Tuple
+
+import attr
+
+from .protocol import RequestFailed, Result
+
+_KEPT_RESULTS = 32
+_KNOWN_IDS = 10_000
+_CANCELLED = ("cancelled",)  # the request of an execution that was cancelled before it came
+
+
+@attr.s(slots=True, auto_attribs=True, eq=False)
+class Execution:
+    """One execution. ``result`` or ``failure`` is set before ``done``; both stay None if the result is no longer kept."""
+
+    request: Tuple[object, ...]
+    done: threading.Event = attr.ib(factory=threading.Event)
+    cancel: Optional[Callable[[], None]] = None
+    cancel_requested: bool = False
+    result: Optional[Result] = None
+    failure: Optional[RequestFailed] = None
+
+    def answer(self) -> Result:
+        """What came of it; call it once ``done`` is set.
+
+        :raises RequestFailed: what it failed with, or that its result is gone.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.result is None:
+            raise RequestFailed("result_gone", "the execution has run, and its result is no longer kept")
+        return self.result
+
+
+class Executions:
+    """The executions of one lease. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards both tables, and that cancel requests aren't lost while one starts
+        self._known: OrderedDict[str, Execution] = OrderedDict()
+        self._finished: OrderedDict[str, Execution] = OrderedDict()
+
+    def begin(self, execution_id: str, request: Tuple[object, ...]) -> Tuple[Execution, bool]:
+        """The execution of that id, and whether it is new, so that the caller must run it.
+
+        :raises RequestFailed: if that id was used for another request.
+        """
+        with self._lock:
+            known = self._known.get(execution_id)
+            if known is not None:
+                if known.request not in (request, _CANCELLED):
+                    raise RequestFailed(
+                        "invalid_request",
+                        "execution_id: expected a new id for a new request, got one that was used for another",
+                        field="execution_id",
+                        expected="a new id for a new request",
+                        got="one that was used for another",
+                    )
+                return known, False
+            execution = self._known[execution_id] = Execution(request)
+            if len(self._known) > _KNOWN_IDS:
+                self._known.popitem(last=False)
+            return execution, True
+
+    def started(self, execution: Execution, cancel: Callable[[], None]) -> None:
+        """``cancel`` can be called from now on."""
+        with self._lock:
+            execution.cancel = cancel
+            requested = execution.cancel_requested
+        if requested:
+            cancel()
+
+    def finish(self, execution_id: str, execution: Execution) -> None:
+        """Its result or failure is set: wake who waits for it, and forget the content of the oldest ones."""
+        with self._lock:
+            self._finished[execution_id] = execution
+            if len(self._finished) > _KEPT_RESULTS:
+                _, oldest = self._finished.popitem(last=False)
+                oldest.result = oldest.failure = None
+            execution.cancel = None
+        execution.done.set()
+
+    def cancel(self, execution_id: str) -> bool:
+        """Kill it if it runs; an id that never came is kept from running. Whether there was something to cancel."""
+        with self._lock:
+            execution = self._known.get(execution_id)
+            if execution is None:
+                execution = self._known[execution_id] = Execution(_CANCELLED)
+                execution.done.set()
+                return False
+            if execution.done.is_set():
+                return False
+            execution.cancel_requested = True
+            cancel = execution.cancel
+        if cancel is not None:
+            cancel()
+        return True
+
+    def pending(self) -> Dict[str, Execution]:
+        """Those that have not ended."""
+        with self._lock:
+            return {key: one for key, one in self._known.items() if not one.done.is_set()}

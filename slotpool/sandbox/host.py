@@ -1,0 +1,480 @@
+"""The slots of one server: leases, their sandboxes and workspaces, and the executions in them."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import attr
+
+from .._version import __version__
+from ..errors import SandboxStartFailed
+from . import isolation, protocol, tools, trees
+from .capture import Driver, Job, Outcome
+from .cell import Cell, NurseryProcess
+from .executions import Execution, Executions
+from .isolation import Isolation, Place
+from .leases import Lease, LeaseTable
+from .protocol import CallRequest, RequestFailed, Result
+from .state import StateDirectory
+from .users import UserBlock
+
+log = logging.getLogger(__name__)
+
+_CLEANERS = 8  # threads that make slots ready
+_WARM_SHELLS = 2  # started shells that wait in each slot in use
+FILE_LIMIT = 300.0  # seconds for a file to be read or written
+
+# An execution's result, what it failed with, or None if it still runs.
+Answer = Union[Result, RequestFailed, None]
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class HostConfig:
+    """What a server's slots are."""
+
+    slots: int = 10
+    isolation: str = "auto"
+    max_output: int = 50_000  # bytes kept of each stream
+    max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
+    max_processes: int = 1024  # for each slot
+    readonly_paths: Tuple[str, ...] = ()
+    state_dir: Optional[str] = None
+
+
+class Tenancy:
+    """One lease's use of a slot: its sandbox, its workspace, its executions. Made before the lease, ended with it."""
+
+    def __init__(self, place: Place, cell: Cell) -> None:
+        self.place = place
+        self.cell = cell
+        self.executions = Executions()
+        self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
+        self.ended = False
+
+
+class Host:
+    """Thread-safe. The lease table says what holds; what is slow is done outside its lock."""
+
+    def __init__(self, config: HostConfig) -> None:
+        """Choose the isolation and begin to make the slots ready.
+
+        :raises IsolationUnavailable, StartFailed: nothing is left then.
+        """
+        self.config = config
+        self.boot_id = secrets.token_hex(8)
+        self._serial = itertools.count()
+        self._users: Optional[UserBlock] = None
+        self._state = StateDirectory(config.state_dir)
+        self.socket_path = os.path.join(self._state.path, "http.sock")
+        self._slots_dir = os.path.join(self._state.path, "slots")
+        self._etc = os.path.join(self._state.path, "etc")
+        self._nursery = NurseryProcess(self._state.path, self._state.lock)
+        self._users_lock = threading.Lock()  # guards _users.next()
+        try:
+            os.mkdir(self._slots_dir, 0o711)
+            isolation.write_etc(self._etc)
+            if os.geteuid() == 0 and config.isolation != "none":
+                self._users = UserBlock()
+            self.isolation = isolation.choose(config.isolation, self._try_out, config.max_processes, config.readonly_paths)
+        except BaseException:
+            self._end_nursery()
+            raise
+        names = [f"slot_{i}" for i in range(config.slots)]
+        self._changed = threading.Condition()  # guards _table, _tenancies and _closing; signalled when a slot becomes free
+        self._table = LeaseTable(names)
+        self._tenancies: Dict[str, Tenancy] = {}
+        self._closing = False
+        self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
+        for name in names:
+            self._cleaners.submit(self._make_ready, name)
+        self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
+        self._reaper.start()
+
+    # Sandboxes and workspaces
+
+    def _try_out(self, candidate: Isolation) -> None:
+        place = self._make_place(candidate, candidate.default_network)
+        try:
+            self._nursery.spawn(candidate.order(place)).destroy()
+        finally:
+            trees.remove_tree(place.directory)
+
+    def _make_place(self, chosen: Isolation, network: bool) -> Place:
+        uid, gid = os.geteuid(), os.getegid()
+        if chosen.own_users:
+            assert self._users is not None
+            with self._users_lock:
+                uid = gid = self._users.next()
+        directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
+        place = Place(directory, self._etc, uid, gid, network)
+        os.mkdir(directory, 0o711)
+        for path in (place.workspace, place.tmp):
+            os.mkdir(path, 0o700)
+            if uid != os.geteuid():
+                os.chown(path, uid, gid)
+        return place
+
+    def _make_ready(self, slot: str) -> None:
+        """End what was in ``slot``, make sure of it, and prepare it for the next lease."""
+        try:
+            with self._changed:
+                old = self._tenancies.pop(slot, None)
+            network = self.isolation.default_network
+            if old is not None:
+                with old.lock:
+                    old.ended = True
+                if not old.cell.destroy():
+                    raise SandboxStartFailed("processes of the last lease could not be killed")
+                trees.remove_tree(old.place.directory)
+            if self._closing:
+                return
+            tenancy = self._new_tenancy(network)
+        except Exception as e:
+            log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed))
+            with self._changed:
+                self._table.quarantine(slot, str(e))
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._tenancies[slot] = tenancy
+            self._table.ready(slot)
+            self._changed.notify_all()
+
+    def _new_tenancy(self, network: bool) -> Tenancy:
+        place = self._make_place(self.isolation, network)
+        try:
+            cell = self._nursery.spawn(self.isolation.order(place))
+        except BaseException:
+            trees.remove_tree(place.directory)
+            raise
+        cell.arm()
+        return Tenancy(place, cell)
+
+    def _replace_cell(self, tenancy: Tenancy, broken: Cell) -> None:
+        """Give the lease new processes in its old workspace; nothing if another call has done it already."""
+        with tenancy.lock:
+            if tenancy.ended or tenancy.cell is not broken:
+                return
+            if not broken.destroy():
+                log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
+                return  # its calls go on failing, and at the lease's end the slot is quarantined
+            tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
+
+    # Leases
+
+    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> List[protocol.Lease]:
+        """Give back, then take; see the protocol's ``POST /v1/leases``."""
+        deadline = time.monotonic() + wait
+        with self._changed:
+            self._refuse_if_closing()
+            to_clean = self._table.release(release)
+        self._clean(to_clean)
+        with self._changed:
+            while True:
+                self._refuse_if_closing()
+                now = time.monotonic()
+                leases = self._table.take(owner, take, ttl, now)
+                if leases or take == 0 or now >= deadline:
+                    break
+                self._changed.wait(deadline - now)
+            self._changed.notify_all()  # the reaper has a new expiry to wait for
+            return [self._describe(lease) for lease in leases]
+
+    def _describe(self, lease: Lease) -> protocol.Lease:
+        place = self._tenancies[lease.slot].place
+        return {
+            "slot": lease.slot,
+            "token": lease.token,
+            "workspace": self.isolation.workspace(place),
+            "network": place.network,
+        }
+
+    def _refuse_if_closing(self) -> None:
+        if self._closing:
+            raise RequestFailed("closing", "the server is shutting down")
+
+    def _clean(self, slots: Iterable[str]) -> None:
+        for slot in slots:
+            self._cleaners.submit(self._make_ready, slot)
+
+    def renew(self, tokens: Sequence[str]) -> List[str]:
+        """Renew leases; the tokens that aren't held."""
+        with self._changed:
+            return self._table.renew(tokens, time.monotonic())
+
+    def _reap(self) -> None:
+        while True:
+            with self._changed:
+                if self._closing:
+                    return
+                now = time.monotonic()
+                expired = self._table.expire(now)
+                if not expired:
+                    following = self._table.next_expiry()
+                    self._changed.wait(None if following is None else max(0.0, following - now))
+            for slot in expired:
+                log.warning("the lease of %s has expired", slot)
+            self._clean(expired)
+
+    def _tenancy(self, slot: str, token: str) -> Tenancy:
+        """The use of ``slot`` by that lease, renewed.
+
+        :raises RequestFailed: if the lease is not that slot's.
+        """
+        with self._changed:
+            if slot not in self._table:
+                raise protocol.invalid("slot", f"one of this container's slots, slot_0 to slot_{self.config.slots - 1}", slot)
+            if self._table.check(slot, token, time.monotonic()) is None:
+                raise protocol.lease_lost(slot)
+            return self._tenancies[slot]
+
+    def _holds(self, slot: str, token: str) -> bool:
+        with self._changed:
+            return self._table.check(slot, token, time.monotonic()) is not None
+
+    def reset(self, slot: str, token: str, network: Optional[bool]) -> bool:
+        """Empty the slot and kill its processes; whether it has network now."""
+        old = self._tenancy(slot, token)
+        if network is None:
+            network = old.place.network
+        elif self.isolation.refuses_network(network):
+            raise protocol.invalid("network", self.isolation.refuses_network(network) or "", network)
+        with old.lock:
+            old.ended = True
+            if not old.cell.destroy():
+                raise RequestFailed("slot_broken", "its processes could not be killed")
+        trees.remove_tree(old.place.directory)
+        fresh = self._new_tenancy(network)
+        fresh.executions = old.executions  # ids stay spent
+        with self._changed:
+            if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
+                self._tenancies[slot] = fresh
+                return network
+        fresh.cell.destroy()
+        trees.remove_tree(fresh.place.directory)
+        raise protocol.lease_lost(slot)
+
+    # Executions
+
+    def execute(self, calls: Sequence[CallRequest], wait: float) -> Tuple[List[Answer], Callable[[], None]]:
+        """Run or join executions side by side, for up to ``wait`` seconds.
+
+        :return: for each its result, the :class:`RequestFailed` it failed with, or None if it still runs; and what to do
+            once the answer is on its way.
+        """
+        deadline = time.monotonic() + wait
+        runs = [_Run(self, call) for call in calls]
+        driver = Driver([run.job for run in runs if run.job is not None])
+        if not driver.run(until=deadline):
+            threading.Thread(target=driver.run, name="slotpool-execution", daemon=True).start()
+        answers = [run.answer(deadline) for run in runs]
+
+        def afterwards() -> None:
+            for run in runs:
+                run.warm_up()
+
+        return answers, afterwards
+
+    def cancel(self, slot: str, token: str, execution_id: str) -> bool:
+        """Kill an execution; whether it ran."""
+        return self._tenancy(slot, token).executions.cancel(execution_id)
+
+    def read_file(self, slot: str, token: str, path: str) -> bytes:
+        return self._use("read_file", slot, token, {"path": path}).stdout.bytes()
+
+    def write_file(self, slot: str, token: str, path: str, content: bytes) -> None:
+        self._use("write_file", slot, token, {"path": path, "content": content})
+
+    def _use(self, name: str, slot: str, token: str, args: Dict[str, Any]) -> Outcome:
+        """Use a file tool outside of executions, as repeating it does no harm."""
+        tenancy = self._tenancy(slot, token)
+        tool = tools.parse(name, args, self.setting(tenancy))
+        job = self.start(tenancy, tool, FILE_LIMIT, lambda: None)
+        Driver([job]).run()
+        self.check(job, tenancy, slot, token)
+        error = tool.error(job.outcome)
+        if error:
+            raise RequestFailed("file_error", error, errno=errno.ETIMEDOUT, path=args["path"])
+        return job.outcome
+
+    # What a run needs
+
+    def setting(self, tenancy: Tenancy) -> tools.Setting:
+        place, config = tenancy.place, self.config
+        workspace = self.isolation.workspace(place)
+        return tools.Setting(workspace, self.isolation.mode, place.network, config.max_output, config.max_file)
+
+    def start(self, tenancy: Tenancy, tool: tools.Tool, timeout: float, on_end: Callable[[], None]) -> Job:
+        """Start ``tool`` in the tenancy's cell, in a new one if that takes no orders any more."""
+        cell = tenancy.cell
+        try:
+            call = tool.start(cell)
+        except OSError:
+            self._replace_cell(tenancy, cell)
+            try:
+                call = tool.start(tenancy.cell)
+            except OSError as e:
+                raise RequestFailed("slot_broken", f"the slot's processes are gone: {e}", may_have_run=False) from e
+        return Job(call, time.monotonic() + timeout, tool.stdout_limit, self.config.max_output, on_end)
+
+    def check(self, job: Job, tenancy: Tenancy, slot: str, token: str) -> bool:
+        """Deal with a lost outcome; whether the slot's processes had to be replaced.
+
+        :raises RequestFailed: if nobody can know what became of the call.
+        """
+        if not job.outcome.lost:
+            return False
+        if not self._holds(slot, token):
+            raise protocol.lease_lost(slot, may_have_run=True)
+        self._replace_cell(tenancy, job.call.cell)
+        if job.outcome.timed_out:
+            return True
+        raise RequestFailed("slot_broken", "the slot's processes were lost during the call", may_have_run=True)
+
+    def tenancy(self, slot: str, token: str) -> Tenancy:
+        return self._tenancy(slot, token)
+
+    # The server as a whole
+
+    def health(self) -> Dict[str, Any]:
+        with self._changed:
+            counts = self._table.counts()
+        return {
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "isolation": self.isolation.mode,
+            "landlock": self.isolation.landlock,
+            "network": self.isolation.default_network,
+            "slots": self.config.slots,
+            "counts": counts,
+        }
+
+    def describe_slots(self) -> List[Dict[str, str]]:
+        with self._changed:
+            return self._table.describe()
+
+    def wait_for_nursery(self) -> bool:
+        """Wait until the process that makes sandboxes has ended; whether that was :meth:`close`'s doing."""
+        self._nursery.wait()
+        return self._closing
+
+    def close(self) -> None:
+        """End every lease and sandbox, remove every file. Running calls end as lost. Repeatable."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+            tenancies = list(self._tenancies.values())
+            self._changed.notify_all()
+        for tenancy in tenancies:
+            tenancy.cell.destroy()
+        self._reaper.join()
+        self._cleaners.shutdown()
+        self._end_nursery()
+
+    def _end_nursery(self) -> None:
+        self._state.release()
+        self._nursery.close()
+        self._state.tidy()
+        if self._users is not None:
+            self._users.clear()  # nobody is left, unless the nursery was killed
+            self._users.close()
+
+
+class _Run:
+    """One execution as one request sees it: started by it, or joined."""
+
+    def __init__(self, host: Host, call: CallRequest) -> None:
+        self._host = host
+        self._call = call
+        self.job: Optional[Job] = None
+        self._failure: Optional[RequestFailed] = None
+        self._execution: Optional[Execution] = None
+        try:
+            self._begin()
+        except RequestFailed as e:
+            self._failure = e
+
+    def _begin(self) -> None:
+        call = self._call
+        self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
+        self._tool = tools.parse(call["tool"], call["args"], self._host.setting(tenancy))
+        request = (call["tool"], call["args"], call["timeout"])
+        self._execution, is_new = tenancy.executions.begin(call["execution_id"], request)
+        if not is_new:
+            return
+        try:
+            self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
+        except RequestFailed as e:
+            self._execution.failure = e
+            tenancy.executions.finish(call["execution_id"], self._execution)
+            return
+        tenancy.executions.started(self._execution, self.job.call.cancel)
+
+    def _finish(self) -> None:
+        assert self.job is not None and self._execution is not None
+        try:
+            restarted = self._host.check(self.job, self._tenancy, self._call["slot"], self._call["lease"])
+            self._execution.result = self._result(self.job.outcome, restarted)
+        except RequestFailed as e:
+            self._execution.failure = e
+        except Exception as e:  # whatever it is, the callers must not wait for ever
+            log.exception("an execution could not be finished")
+            self._execution.failure = RequestFailed("internal", f"{type(e).__name__}: {e}")
+        self._tenancy.executions.finish(self._call["execution_id"], self._execution)
+
+    def _result(self, outcome: Outcome, restarted: bool) -> Result:
+        error = ""
+        try:
+            error = self._tool.error(outcome)
+        except RequestFailed as e:
+            if e.body["code"] != "file_error":
+                raise
+            error = f"{e.body['path']}: {e}"
+        status = outcome.status
+        signum = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+        if status is None or (outcome.timed_out and signum is None):
+            signum = signal.SIGKILL
+        return {
+            "stdout": outcome.stdout.text(),
+            "stderr": outcome.stderr.text(),
+            "exit_code": 128 + signum if signum else os.WEXITSTATUS(status or 0),
+            "signal": signum,
+            "timed_out": outcome.timed_out,
+            "cancelled": outcome.cancelled,
+            "stdout_truncated": outcome.stdout.truncated,
+            "stderr_truncated": outcome.stderr.truncated,
+            "error": error,
+            "duration": outcome.duration,
+            "isolation": self._host.isolation.mode,
+            "network": self._tenancy.place.network,
+            "restarted": restarted,
+        }
+
+    def answer(self, deadline: float) -> Answer:
+        """The result, waited for until ``deadline``; the failure; or None."""
+        if self._execution is None:
+            return self._failure
+        if not self._execution.done.wait(max(0.0, deadline - time.monotonic())):
+            return None
+        try:
+            return self._execution.answer()
+        except RequestFailed as e:
+            return e
+
+    def warm_up(self) -> None:
+        """Have the next shells started, so that the next call finds them waiting."""
+        if self.job is not None:
+            try:
+                self._tenancy.cell.arm(_WARM_SHELLS)
+            except OSError:  # the next call will find out, and mend it
+                pass

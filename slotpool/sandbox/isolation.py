@@ -1,0 +1,206 @@
+"""Which isolation a server uses, found by trying it, and what each mode's sandboxes are made of."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from typing import Callable, Dict, List, Optional, Sequence
+
+import attr
+
+from ..errors import IsolationUnavailable, SandboxStartFailed
+from . import landlock
+from .confine import Landlock, Order
+
+MODES = ("bwrap", "user", "none")
+INNER_WORKSPACE = "/workspace"
+INNER_UID = 1000
+INNER_USER = "slot"
+
+# What of the machine a slot sees, read-only. Of /etc only what programs need to run: the rest is full of other people's
+# secrets.
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/opt")
+_ETC = (
+    "alternatives bash.bashrc ca-certificates ca-certificates.conf debian_version fonts gai.conf host.conf hosts "
+    "ld.so.cache ld.so.conf ld.so.conf.d localtime magic mime.types nsswitch.conf os-release pki profile profile.d protocols "
+    "resolv.conf services ssl terminfo timezone"
+).split()
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+_SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_HOW_TO_GET = (
+    "bwrap needs bubblewrap (apt-get install bubblewrap) and user namespaces "
+    "(sysctl kernel.unprivileged_userns_clone=1; in a Docker container --security-opt seccomp=unconfined "
+    "--security-opt systempaths=unconfined); user needs root. "
+    'Without either, isolation="none" runs commands unprotected, as the server\'s own user.'
+)
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class Place:
+    """What one sandbox is made for."""
+
+    directory: str  # of the lease, on this machine: `workspace` and, in user mode, `tmp` are in it
+    etc: str  # what a bwrap slot has as /etc, see write_etc
+    uid: int
+    gid: int
+    network: bool
+
+    @property
+    def workspace(self) -> str:
+        return os.path.join(self.directory, "workspace")
+
+    @property
+    def tmp(self) -> str:
+        return os.path.join(self.directory, "tmp")
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class Isolation:
+    """A mode that works here."""
+
+    mode: str
+    landlock: int  # version of Landlock's interface in use, 0 for none
+    own_users: bool  # each lease has a Unix user of its own
+    max_processes: int
+    readonly_paths: Sequence[str]
+
+    @property
+    def default_network(self) -> bool:
+        """What a lease gets that doesn't ask: no network, where that can be had."""
+        return self.mode != "bwrap"
+
+    def refuses_network(self, network: bool) -> Optional[str]:
+        """Why ``network`` can't be had in this mode, if so."""
+        if self.mode == "bwrap" or network:
+            return None
+        return f'network=None or True, as isolation "{self.mode}" can\'t keep a slot off the network'
+
+    def workspace(self, place: Place) -> str:
+        """The workspace as the slot sees it."""
+        return INNER_WORKSPACE if self.mode == "bwrap" else place.workspace
+
+    def order(self, place: Place) -> Order:
+        inner = INNER_UID if self.mode == "bwrap" else place.uid
+        workspace = self.workspace(place)
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0}
+        if self.own_users or _processes_counted_by_namespace():
+            limits["RLIMIT_NPROC"] = self.max_processes
+        return {
+            "mode": self.mode,
+            "bwrap": self._bwrap(place) if self.mode == "bwrap" else [],
+            "uid": place.uid,
+            "gid": place.gid,
+            "inner_uid": inner,
+            "inner_gid": inner if self.mode == "bwrap" else place.gid,
+            "workspace": workspace,
+            "env": {
+                "PATH": _PATH,
+                "HOME": workspace,
+                "USER": INNER_USER,
+                "LOGNAME": INNER_USER,
+                "SHELL": "/bin/bash",
+                "LANG": "C.UTF-8",
+                "TERM": "dumb",
+                "TMPDIR": "/tmp" if self.mode == "bwrap" else place.tmp,
+            },
+            "umask": 0o022 if self.mode == "bwrap" else 0o077,
+            "limits": limits if self.mode != "none" else {},
+            "landlock": self._landlock(place) if self.landlock else None,
+            "scratch": list(_SCRATCH) if self.mode == "user" else [],
+        }
+
+    def _bwrap(self, place: Place) -> List[str]:
+        args = [shutil.which("bwrap") or "bwrap"]
+        args += "--unshare-user --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()
+        args += ["--die-with-parent", "--hostname", "slot", "--uid", str(INNER_UID), "--gid", str(INNER_UID)]
+        if not place.network:
+            args.append("--unshare-net")
+        for path in _SYSTEM:
+            if os.path.islink(path):
+                args += ["--symlink", os.readlink(path), path]
+            elif os.path.isdir(path):
+                args += ["--ro-bind", path, path]
+        args += ["--ro-bind", place.etc, "/etc"]
+        args += "--proc /proc --dev /dev --perms 1777 --tmpfs /tmp --perms 1777 --tmpfs /var/tmp --dir /run".split()
+        for path in self.readonly_paths:
+            args += ["--ro-bind", path, path]
+        return args + ["--bind", place.workspace, INNER_WORKSPACE, "--remount-ro", "/", "--chdir", INNER_WORKSPACE]
+
+    def _landlock(self, place: Place) -> Landlock:
+        etc = [f"/etc/{name}" for name in (*_ETC, "passwd", "group")]
+        return {
+            "read": [*_SYSTEM, *etc, "/proc", "/run/systemd/resolve", *self.readonly_paths],
+            "write": [place.workspace, place.tmp],
+            "scratch": list(_SCRATCH),
+            "devices": list(_DEVICES),
+        }
+
+
+def _processes_counted_by_namespace() -> bool:
+    """Whether RLIMIT_NPROC counts a user's processes in each user namespace by themselves, as of Linux 5.14."""
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int("".join(itertools.takewhile(str.isdigit, minor)))) >= (5, 14)
+
+
+def write_etc(directory: str) -> None:
+    """Make the ``/etc`` of bwrap's slots in ``directory``: a copy of the harmless part, and a user for the slot."""
+    os.mkdir(directory, 0o755)
+    for name in _ETC:
+        source = os.path.join("/etc", name)
+        target = os.path.join(directory, name)
+        try:
+            if os.path.isdir(source):
+                shutil.copytree(source, target, symlinks=True, ignore=_unreadable, ignore_dangling_symlinks=True)
+            else:
+                shutil.copyfile(source, target)
+                os.chmod(target, 0o644)
+        except FileNotFoundError:
+            continue
+    for name, text in (
+        ("passwd", f"root:x:0:0:root:/root:/bin/sh\n{INNER_USER}:x:{INNER_UID}:{INNER_UID}::{INNER_WORKSPACE}:/bin/bash\n"),
+        ("group", f"root:x:0:\n{INNER_USER}:x:{INNER_UID}:\n"),
+    ):
+        with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def _unreadable(directory: str, names: List[str]) -> List[str]:
+    """Leave out what is not for everybody to read: private keys below /etc/ssl, say. Their directories are 0700."""
+
+    def is_private(name: str) -> bool:
+        path = os.path.join(directory, name)
+        return not os.path.islink(path) and not os.stat(path).st_mode & 0o004
+
+    return [name for name in names if is_private(name)]
+
+
+def choose(requested: str, try_out: Callable[[Isolation], None], max_processes: int, readonly_paths: Sequence[str]) -> Isolation:
+    """The isolation to use.
+
+    :param requested: a mode, or ``auto`` for the strongest that works; ``auto`` never means ``none``.
+    :param try_out: makes a sandbox in the given isolation and ends it; raises :class:`SandboxStartFailed`.
+    :raises IsolationUnavailable: if none of them works, with the reasons and what to install.
+    """
+    root = os.geteuid() == 0
+    reasons: Dict[str, str] = {}
+    for mode in ("bwrap", "user") if requested == "auto" else (requested,):
+        if mode == "bwrap" and shutil.which("bwrap") is None:
+            reasons[mode] = "bubblewrap is not installed"
+            continue
+        if mode == "user" and not root:
+            reasons[mode] = "the server does not run as root"
+            continue
+        version = landlock.abi() if mode == "user" else 0
+        isolation = Isolation(mode, version, root and mode != "none", max_processes, tuple(readonly_paths))
+        try:
+            try_out(isolation)
+        except SandboxStartFailed as e:
+            reasons[mode] = str(e)
+            continue
+        return isolation
+    why = "; ".join(f"{mode}: {reason}" for mode, reason in reasons.items())
+    raise IsolationUnavailable(f'isolation="{requested}" does not work here ({why}). {_HOW_TO_GET}')

@@ -1,0 +1,132 @@
+"""The few system calls that Python's standard library does not wrap.
+
+Thin wrappers by ``ctypes``; each raises ``OSError`` with the kernel's errno. Standard library alone, as it is
+imported inside slots. The constants are those of the kernel's ``include/uapi`` headers.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import os
+import socket
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+_LAST_CAP = 63
+_CAPABILITY_VERSION_3 = 0x20080522
+_IPC_RMID = 0
+
+SYS_landlock_create_ruleset = 444
+SYS_landlock_add_rule = 445
+SYS_landlock_restrict_self = 446
+
+
+def _failed(call: str) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, f"{call}: {os.strerror(code)}")
+
+
+def syscall(number: int, *args: object) -> int:
+    """Make system call ``number``; for those that are the same number on every architecture."""
+    result = int(_libc.syscall(ctypes.c_long(number), *args))
+    if result < 0:
+        raise _failed(f"syscall {number}")
+    return result
+
+
+def prctl(option: int, value: int) -> None:
+    zero = ctypes.c_ulong(0)
+    if _libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) < 0:
+        raise _failed(f"prctl {option}")
+
+
+def set_no_new_privs() -> None:
+    """From here on no setuid bit or file capability gives this process, or a child of it, more rights."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def set_undumpable() -> None:
+    """Keep processes of the same user away from this one's memory, environment and descriptors."""
+    prctl(PR_SET_DUMPABLE, 0)
+
+
+def set_child_subreaper() -> None:
+    """Make orphaned descendants children of this process; the setting survives ``execve``."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_parent_death_signal(signum: int) -> None:
+    prctl(PR_SET_PDEATHSIG, signum)
+
+
+def setns(fd: int, kind: int) -> None:
+    if _libc.setns(fd, kind) < 0:
+        raise _failed("setns")
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def drop_capabilities() -> None:
+    """Give up every capability, in the bounding set too where that is allowed."""
+    for cap in range(_LAST_CAP + 1):
+        try:
+            prctl(PR_CAPBSET_DROP, cap)
+        except OSError:  # the last capability is passed (EINVAL), or there is no CAP_SETPCAP to give up (EPERM)
+            break
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    if _libc.capset(ctypes.byref(header), data) < 0:
+        raise _failed("capset")
+
+
+def remove_ipc_objects(uid: int) -> None:
+    """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns."""
+    removers = {
+        "shm": lambda ident: _libc.shmctl(ident, _IPC_RMID, None),
+        "sem": lambda ident: _libc.semctl(ident, 0, _IPC_RMID),
+        "msg": lambda ident: _libc.msgctl(ident, _IPC_RMID, None),
+    }
+    for kind, remove in removers.items():
+        try:
+            with open(f"/proc/sysvipc/{kind}", "rb") as table:
+                header = table.readline().decode().split()
+                rows = [dict(zip(header, line.split())) for line in table]
+        except FileNotFoundError:  # a kernel without System V IPC
+            continue
+        for row in rows:
+            if uid in (int(row["uid"]), int(row["cuid"])) and remove(int(row[f"{kind}id"])) < 0:
+                raise _failed(f"{kind}ctl")
+
+
+def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]:
+    """A message of at most ``size`` bytes and its descriptors, at most ``fds``, closed on exec.
+
+    ``socket.recv_fds`` leaves them open, as it ignores its flags.
+    """
+    held = array.array("i")
+    message, control, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(fds * held.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            held.frombytes(data[: len(data) - len(data) % held.itemsize])
+    return message, list(held)

@@ -1,0 +1,310 @@
+"""The process that makes sandboxes and ends them, beside the sandbox server. Standard library alone.
+
+It is small and single-threaded, so that forking it is cheap and safe, and holds no secret that a fork could carry into a
+slot. Each sandbox's zygote is forked from here, so a slot costs a fork, not an interpreter's start.
+
+Each message on the control socket (``SOCK_SEQPACKET``, its descriptor is the first argument) asks for one sandbox: a
+JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the zygote's control socket and a *lifeline*.
+The sandbox lives as long as the other side keeps its end of the lifeline open for writing. Then every process of it is killed,
+and :data:`DEAD` on the lifeline says that none is left; an end of file without it says that nobody could make sure.
+
+When the server is gone, however it went, all sandboxes are ended and its directory, the second argument, is removed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Callable
+
+from . import confine, linux, trees, zygote
+from .confine import Order
+
+DEAD = b"dead"
+_END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
+_HELPER_TRIES = 50  # a slot's process may kill the helper that is about to kill it, if it is quick
+
+
+class Nursery:
+    """An event loop over sockets, pipes and children; the sandboxes hook into :attr:`readable` and :attr:`exited`."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._poll = select.poll()
+        self._readable: dict[int, Callable[[], None]] = {}
+        self.exited: dict[int, Callable[[int], None]] = {}
+        self.living: set[Sandbox] = set()
+        self._serving = True
+
+    def watch(self, fd: int, call: Callable[[], None]) -> None:
+        self._readable[fd] = call
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        del self._readable[fd]
+        self._poll.unregister(fd)
+
+    def run(self) -> None:
+        wake, wakened = socket.socketpair()
+        for end in (wake, wakened):
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.watch(wake.fileno(), lambda: self._reap(wake))
+        self.watch(self._control.fileno(), self._take_order)
+        deadline = None
+        while self._serving or self.living:
+            if not self._serving and deadline is None:
+                deadline = time.monotonic() + _END_LIMIT
+                for sandbox in list(self.living):
+                    sandbox.end()
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            events = self._poll.poll(left)
+            if not events:
+                return
+            for fd, _ in events:
+                if fd in self._readable:  # an earlier event of this round may have closed it
+                    self._readable[fd]()
+
+    def _reap(self, wake: socket.socket) -> None:
+        wake.recv(4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self.exited.pop(pid, lambda _: None)(status)
+
+    def _take_order(self) -> None:
+        message, fds = linux.receive(self._control, 1 << 18, 2)
+        if not message:
+            self.unwatch(self._control.fileno())
+            self._serving = False
+            return
+        order: Order = json.loads(message)
+        control, lifeline = (socket.socket(fileno=fd) for fd in fds)
+        sandbox = KINDS[order["mode"]](self, order, control, lifeline)
+        self.living.add(sandbox)
+        self.watch(lifeline.fileno(), sandbox.end)
+        sandbox.attempt(sandbox.start)
+
+
+class Sandbox:
+    """One sandbox from start to death. Subclasses say how it starts and how everything in it is killed."""
+
+    def __init__(self, nursery: Nursery, order: Order, control: socket.socket, lifeline: socket.socket) -> None:
+        self.nursery = nursery
+        self.order = order
+        self._control: socket.socket | None = control
+        self._lifeline = lifeline
+        self._ending = False
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """Begin to kill everything; call :meth:`died` once that is verified."""
+        raise NotImplementedError
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Do a step of the start; tell the server if it fails."""
+        try:
+            step()
+        except OSError as e:
+            self.fail(str(e))
+
+    def fail(self, why: str) -> None:
+        if self._control is not None:
+            zygote.send_error(self._control, why)
+            self._control.close()
+            self._control = None
+
+    def end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
+        self.nursery.unwatch(self._lifeline.fileno())
+        self.kill()
+
+    def died(self) -> None:
+        self._tell(DEAD)
+
+    def survived(self) -> None:
+        self._tell(b"")
+
+    def _tell(self, word: bytes) -> None:
+        try:
+            if word:
+                self._lifeline.send(word, socket.MSG_NOSIGNAL)
+        except OSError:  # nobody waits for it
+            pass
+        self._lifeline.close()
+        self.nursery.living.discard(self)
+
+    def fork_zygote(self, enter: Callable[[], None]) -> int:
+        if self._control is None:
+            raise OSError("the sandbox has failed already")
+        pid = os.fork()
+        if pid == 0:
+            zygote.main(self._control, self.order, enter)
+        self._control.close()
+        self._control = None
+        return pid
+
+    def help_to_kill(self, act: Callable[[], bool], tries: int = _HELPER_TRIES) -> None:
+        """Let a child process call ``act``, which kills and says whether nothing is left."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(0 if act() else 1)
+            except BaseException as e:
+                print(f"slotpool: can't end a sandbox: {e!r}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+        def helped(status: int) -> None:
+            if status == 0:
+                self.died()
+            elif os.WIFSIGNALED(status) and tries > 1:
+                self.help_to_kill(act, tries - 1)
+            else:
+                self.survived()
+
+        self.nursery.exited[pid] = helped
+
+
+class PlainSandbox(Sandbox):
+    """Mode ``none``: the processes are found by their descent from the zygote."""
+
+    _zygote: int | None = None
+
+    def start(self) -> None:
+        self._zygote = self.fork_zygote(lambda: None)
+        self.nursery.exited[self._zygote] = self._zygote_exited
+
+    def _zygote_exited(self, status: int) -> None:
+        self._zygote = None
+
+    def kill(self) -> None:
+        known = set(self.nursery.exited)
+        nursery = os.getpid()
+
+        def act() -> bool:
+            # What a dead zygote left behind has become the nursery's; living ones keep theirs to themselves.
+            strays = [pid for pid in zygote.children(nursery) if pid not in known and pid != os.getpid()]
+            roots = strays + ([self._zygote] if self._zygote is not None else [])
+            return all([zygote.kill_tree(root) for root in roots])
+
+        self.help_to_kill(act)
+
+
+class UserSandbox(Sandbox):
+    """Mode ``user``: the processes are found by their user."""
+
+    def start(self) -> None:
+        self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
+
+    def kill(self) -> None:
+        self.help_to_kill(lambda: confine.clear_user(self.order["uid"], self.order["gid"], self.order["scratch"]))
+
+
+class BwrapSandbox(Sandbox):
+    """Mode ``bwrap``: bubblewrap makes the namespaces and holds them with a process that only waits, the PID namespace's
+    first; the zygote joins them. When the first process dies, the kernel kills all others, and only then reports it dead.
+    """
+
+    _first_pid = 0
+    _first: int | None = None  # its pidfd
+    _told = b""  # what bubblewrap has written of it
+    _settled = False  # bubblewrap has told it, or has failed
+
+    def start(self) -> None:
+        waits, self._hold = os.pipe()  # the payload, `cat`, waits until all write ends are closed, so it dies with this process
+        os.write(self._hold, b"r")  # and when bubblewrap is done it says so by copying this
+        self._ready, payload_out = os.pipe()
+        self._info, bwrap_info = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            confine.exec_bwrap(self.order, waits, payload_out, bwrap_info)
+        for fd in (waits, payload_out, bwrap_info):
+            os.close(fd)
+        self.nursery.watch(self._info, self._learn_first)
+        self.nursery.watch(self._ready, self._join)
+
+    def _learn_first(self) -> None:
+        told = os.read(self._info, 4096)
+        self._told += told
+        if told and not self._told.rstrip().endswith(b"}"):
+            return
+        self._close(self._info)
+        self._settled = True
+        if self._told:
+            # The id can't have been reused: bubblewrap waits for its child, and is itself a child that waits to be reaped.
+            self._first_pid = json.loads(self._told)["child-pid"]
+            try:
+                self._first = os.pidfd_open(self._first_pid)
+            except ProcessLookupError:
+                pass
+        if self._ending:
+            self.kill()
+
+    def _join(self) -> None:
+        while not self._settled:  # it was written before the payload could start
+            self._learn_first()
+        stands = os.read(self._ready, 1)
+        self._close(self._ready)
+        if self._ending:
+            return
+        if stands:
+            self.attempt(self._fork_into)
+        else:
+            self.fail("bubblewrap could not make the namespaces; its message is in the server's log")
+
+    def _fork_into(self) -> None:
+        self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
+
+    def _close(self, fd: int) -> None:
+        self.nursery.unwatch(fd)
+        os.close(fd)
+
+    def kill(self) -> None:
+        if not self._settled:
+            return  # _learn_first comes back here
+        os.close(self._hold)
+        if self._first is None:
+            self.died()
+            return
+        try:
+            signal.pidfd_send_signal(self._first, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.nursery.watch(self._first, self._first_died)
+
+    def _first_died(self) -> None:
+        assert self._first is not None
+        self._close(self._first)
+        self.died()
+
+
+KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "bwrap": BwrapSandbox}
+
+
+def main(argv: list[str]) -> None:
+    control, directory = int(argv[0]), argv[1]
+    for fd in range(4):  # what a slot's shells have; nothing else may ever get these numbers
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    linux.set_child_subreaper()
+    linux.set_undumpable()
+    gc.freeze()
+    Nursery(socket.socket(fileno=control)).run()
+    trees.remove_tree(directory)

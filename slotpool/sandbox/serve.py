@@ -1,0 +1,115 @@
+"""Run a sandbox server: a host behind its WSGI application, in waitress, until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from typing import NoReturn, Optional
+
+import attr
+import waitress
+
+from ..errors import StartFailed
+from .app import App
+from .host import Host, HostConfig
+
+log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class ServeConfig:
+    """Where a server listens, whom it lets in, and when it ends."""
+
+    host: HostConfig = attr.ib(factory=HostConfig)
+    listen: Optional[str] = "127.0.0.1"  # address; None for a Unix socket, whose path is then Host.socket_path
+    port: int = 8080  # 0 for any free one
+    token: Optional[str] = None
+    parent: Optional[int] = None  # a process to end with
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM, SIGINT, or the end of ``config.parent``; in the main thread. Prints its address when it is ready.
+
+    :raises StartFailed: nothing is left of the attempt.
+    """
+    if config.token is None and config.listen is not None and config.listen not in _LOOPBACK:
+        raise StartFailed(
+            f"refusing to listen on {config.listen} without a token, as everybody who reaches it could run commands; "
+            "give one in SLOTPOOL_TOKEN, or listen on 127.0.0.1"
+        )
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _exit)
+    host = Host(config.host)
+    try:
+        _listen(config, host)
+    finally:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)  # ending takes a moment, and must not be cut short
+        host.close()
+
+
+def _exit(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _listen(config: ServeConfig, host: Host) -> None:
+    settings = {
+        # A long command holds a thread for as long as its request may be held; health and other slots need some all the same.
+        "threads": 2 * config.host.slots + 16,
+        "ident": None,
+        "clear_untrusted_proxy_headers": True,
+        "max_request_body_size": config.host.max_file + 1024,
+        "connection_limit": 2000,
+        "channel_timeout": 120,
+    }
+    if config.listen is None:
+        server = waitress.create_server(App(host, config.token), unix_socket=host.socket_path, unix_socket_perms="600", **settings)
+        address = f"unix://{host.socket_path}"
+    else:
+        server = waitress.create_server(App(host, config.token), host=config.listen, port=config.port, **settings)
+        address = f"http://{_bracketed(config.listen)}:{server.effective_port}"
+    if config.token is None:
+        log.warning("serving without a token: every process on this machine that reaches %s can run commands in the slots", address)
+    log.info("serving %d slots, isolation %s, on %s", config.host.slots, host.isolation.mode, address)
+    threading.Thread(target=_watch_nursery, args=(host,), name="slotpool-nursery", daemon=True).start()
+    if config.parent is not None:
+        threading.Thread(target=_watch_parent, args=(config.parent,), name="slotpool-parent", daemon=True).start()
+    print(address, flush=True)
+    try:
+        server.run()
+    finally:
+        server.close()
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _watch_nursery(host: Host) -> None:
+    if not host.wait_for_nursery():
+        log.critical("the process that makes sandboxes has died; ending")
+        _stop()
+
+
+def _watch_parent(pid: int) -> None:
+    """End with process ``pid``, however it ends, and also when it closes our standard input, which it holds open."""
+    poll = select.poll()
+    poll.register(sys.stdin.fileno(), select.POLLIN)
+    try:
+        parent = os.pidfd_open(pid)
+    except ProcessLookupError:
+        _stop()
+        return
+    poll.register(parent, select.POLLIN)
+    poll.poll()
+    _stop()
+
+
+def _stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

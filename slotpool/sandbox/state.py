@@ -1,0 +1,73 @@
+"""A server's directory on this machine: made, locked while it is in use, and swept up if its owners are gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from typing import Optional
+
+from ..errors import StartFailed
+from . import trees
+
+_LOCK = "lock"
+
+
+class StateDirectory:
+    """A fresh directory below ``parent``, default ``slotpool-UID`` in the system's directory for temporary files.
+
+    Its lock is held by every process that has :attr:`lock` open; a directory that nobody holds is removed by the next
+    server of the same user.
+    """
+
+    def __init__(self, parent: Optional[str] = None) -> None:
+        # Slots of their own users must be able to pass through to their workspaces, but not to list what is there.
+        mode = 0o711 if os.geteuid() == 0 else 0o700
+        parent = parent or os.path.join(tempfile.gettempdir(), f"slotpool-{os.geteuid()}")
+        os.makedirs(parent, mode, exist_ok=True)
+        info = os.lstat(parent)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+            raise StartFailed(f"{parent} is not a directory of user {os.geteuid()}; remove it or set TMPDIR to another place")
+        os.chmod(parent, mode)
+        self._parent = parent
+        _sweep(parent)
+        self.path = tempfile.mkdtemp(dir=parent, prefix="s-")
+        os.chmod(self.path, mode)
+        self.lock = _lock(self.path, os.O_CREAT)
+
+    def release(self) -> None:
+        """Let go of the lock. The nursery, which has it too, removes the directory."""
+        os.close(self.lock)
+
+    def tidy(self) -> None:
+        """Remove the parent directory, if this was the last one in it."""
+        try:
+            os.rmdir(self._parent)
+        except OSError:
+            pass
+
+
+def _lock(directory: str, flags: int = 0) -> int:
+    fd = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sweep(parent: str) -> None:
+    for name in os.listdir(parent):
+        directory = os.path.join(parent, name)
+        try:
+            fd = _lock(directory)
+        except (BlockingIOError, NotADirectoryError, FileNotFoundError):  # in use; or just being made, or removed
+            continue
+        try:
+            trees.remove_tree(directory)
+        except FileNotFoundError:  # another server was quicker
+            pass
+        finally:
+            os.close(fd)
