@@ -1,0 +1,250 @@
+"""What a lease hands out: the slot, and what running something in it gives."""
+
+from __future__ import annotations
+
+import enum
+import os
+import secrets
+import weakref
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+
+import attr
+
+from .errors import CommandFailed, InvalidRequest, shown
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Type
+
+    from .pool import SlotPool
+    from .sandbox.protocol import Result
+    from .tenure import Tenure
+
+
+class SlotState(enum.Enum):
+    """Where a slot is, as its holder sees it."""
+
+    AVAILABLE = "available"
+    ACQUIRED = "acquired"
+    EXECUTING = "executing"
+    RELEASING = "releasing"
+    ERROR = "error"
+
+
+@attr.s(frozen=True, auto_attribs=True, kw_only=True)
+class ExecutionResult:
+    """How a command, or a tool, ended. A non-zero exit is data, not an exception; see :meth:`check`.
+
+    :ivar success: it ended with exit code 0, in time.
+    :ivar stdout: what it printed, as UTF-8; other bytes are U+FFFD. Of more than the limit, head and tail are kept with a
+        line between them that says how much was left out, and ``stdout_truncated`` is set.
+    :ivar stderr: likewise.
+    :ivar exit_code: the exit code; 128 + the signal's number if a signal killed it, as shells count.
+    :ivar signal: the number of the signal that killed it, else None.
+    :ivar timed_out: it was killed, with all it had started, as its time was up. What it had printed until then is there.
+    :ivar duration: seconds, as the container measured it.
+    :ivar error: why a tool failed, or could not be run, in words; empty for a command that ran.
+    :ivar output: stdout and stderr joined; the content, for ``read_file``.
+    :ivar metadata: ``isolation``, ``network``, ``restarted`` (the slot's other processes had to be ended with it).
+    """
+
+    success: bool
+    stdout: str = ""
+    stderr: str = ""
+    exit_code: Optional[int] = None
+    signal: Optional[int] = None
+    timed_out: bool = False
+    stdout_truncated: bool = False
+    stderr_truncated: bool = False
+    duration: float = 0.0
+    error: str = ""
+    execution_id: str = ""
+    slot_id: str = ""
+    metadata: Dict[str, Any] = attr.ib(factory=dict)
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    @property
+    def truncated(self) -> bool:
+        """Whether something was left out of ``stdout`` or ``stderr``."""
+        return self.stdout_truncated or self.stderr_truncated
+
+    def check(self) -> ExecutionResult:
+        """This result, if it is a success.
+
+        :raises CommandFailed: if not.
+        """
+        if not self.success:
+            raise CommandFailed(self)
+        return self
+
+    def to_dict(self) -> Dict[str, Any]:
+        """All fields, ``output`` and ``truncated`` too, ready for JSON."""
+        return {**attr.asdict(self), "output": self.output, "truncated": self.truncated}
+
+    @classmethod
+    def of(cls, result: Result, execution_id: str, slot_id: str) -> ExecutionResult:
+        """From a server's answer."""
+        return cls(
+            success=result["exit_code"] == 0 and not result["timed_out"] and not result["error"],
+            stdout=result["stdout"],
+            stderr=result["stderr"],
+            exit_code=result["exit_code"],
+            signal=result["signal"],
+            timed_out=result["timed_out"],
+            stdout_truncated=result["stdout_truncated"],
+            stderr_truncated=result["stderr_truncated"],
+            duration=result["duration"],
+            error=result["error"],
+            execution_id=execution_id,
+            slot_id=slot_id,
+            metadata={key: result[key] for key in ("isolation", "network", "restarted")},
+        )
+
+    @classmethod
+    def failed(cls, error: BaseException, execution_id: str, slot_id: str) -> ExecutionResult:
+        """For a call of a batch that could not be carried out."""
+        metadata = {"exception": type(error).__name__, "may_have_run": getattr(error, "may_have_run", False)}
+        return cls(success=False, error=str(error), execution_id=execution_id, slot_id=slot_id, metadata=metadata)
+
+
+class Slot:
+    """One isolated workspace, held by one lease. Made by :meth:`SlotPool.acquire`; use it in a ``with`` block, or release it.
+
+    Thread-safe; commands of several threads run side by side. Once it is released, or its lease is lost, every call raises
+    :class:`LeaseLost`. A slot that is dropped without being released is given back when it is collected.
+
+    :ivar slot_id: its name in its container, ``slot_0`` and so on.
+    :ivar alloc_id: the container: a Nomad allocation's id, or one made up for a local server.
+    :ivar container_addr: the server's address.
+    :ivar workspace_dir: the workspace's path, as commands in the slot see it.
+    :ivar trajectory_id: what the caller uses the slot for; made up if none was given.
+    :ivar metadata: the caller's own; not looked at.
+    """
+
+    def __init__(self, pool: SlotPool, tenure: Tenure, trajectory_id: Optional[str]) -> None:
+        self._pool = pool
+        self._tenure = tenure
+        self.slot_id = tenure.slot
+        self.alloc_id = tenure.container.id
+        self.container_addr = tenure.container.address
+        self.workspace_dir = tenure.workspace
+        self.trajectory_id = trajectory_id or f"trajectory-{secrets.token_hex(8)}"
+        self.metadata: Dict[str, Any] = {}
+        self._finalizer = weakref.finalize(self, pool._abandon, tenure)
+        self._finalizer.atexit = False  # the pool itself sees to that
+
+    @property
+    def state(self) -> SlotState:
+        return self._tenure.state
+
+    @property
+    def network(self) -> bool:
+        """Whether the slot can reach the network."""
+        return self._tenure.network
+
+    def bash(
+        self,
+        command: str,
+        *,
+        timeout: Optional[float] = None,
+        cwd: Optional[str] = None,
+        env: Optional[Mapping[str, str]] = None,
+        stdin: Union[str, bytes, None] = None,
+        check: bool = False,
+    ) -> ExecutionResult:
+        """Run a command in bash; returns when the shell exits, even if background processes live on.
+
+        The command runs at most once. Each runs in a shell of its own: ``cd`` and variables don't outlive it, files and
+        background processes do, until the lease ends.
+
+        :param timeout: seconds after which everything that the command started is killed; default ``command_timeout``.
+        :param cwd: directory to run in, default the workspace; relative ones start there.
+        :param env: variables to add to the slot's few.
+        :param stdin: its standard input; empty if not given.
+        :param check: raise :class:`CommandFailed` if it does not succeed.
+        :raises InvalidRequest: an argument can't be used; nothing was run.
+        :raises SlotError: the lease, the slot or the container was lost; ``may_have_run`` tells whether it is safe to try
+            again elsewhere.
+        """
+        args: Dict[str, Any] = {"command": command}
+        if cwd is not None:
+            args["cwd"] = os.fspath(cwd)
+        if env is not None:
+            args["env"] = dict(env)
+        if stdin is not None:
+            args["stdin"] = stdin.decode("utf-8", "surrogateescape") if isinstance(stdin, bytes) else stdin
+        result = self._pool.execute(self, "bash", args, timeout)
+        return result.check() if check else result
+
+    def read_file(self, path: str) -> str:
+        """The content of a file as UTF-8 text; other bytes are U+FFFD. See :meth:`read_bytes`."""
+        return self.read_bytes(path).decode("utf-8", "replace")
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content of a file. Safe to repeat.
+
+        :param path: inside the workspace, absolute or relative to it. Links are followed with the slot's own rights.
+        :raises FileError: it can't be read; an ``OSError`` with ``errno``.
+        :raises InvalidRequest, SlotError: as :meth:`bash`.
+        """
+        with self._tenure.use() as client:
+            return client.read_file(self.slot_id, self._tenure.token, _path(path))
+
+    def write_file(self, path: str, content: Union[str, bytes]) -> None:
+        """Replace a file as a whole, or leave it as it was; directories on the way are made. Safe to repeat.
+
+        :param path: as for :meth:`read_bytes`.
+        :param content: text is written as UTF-8.
+        :raises FileError: it can't be written; an ``OSError`` with ``errno``.
+        :raises InvalidRequest, SlotError: as :meth:`bash`.
+        """
+        if not isinstance(content, (str, bytes, bytearray, memoryview)):
+            raise InvalidRequest("content", "str or bytes", shown(content))
+        data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else bytes(content)
+        limit = self._pool.config.max_file_size
+        if len(data) > limit:
+            raise InvalidRequest("content", f"at most max_file_size, {limit} bytes", f"{len(data)} bytes")
+        with self._tenure.use() as client:
+            client.write_file(self.slot_id, self._tenure.token, _path(path), data)
+
+    def reset(self) -> None:
+        """Empty the workspace and kill every process, keeping the lease."""
+        with self._tenure.use() as client:
+            client.reset(self.slot_id, self._tenure.token)
+
+    def release(self) -> None:
+        """Give the slot back; returns at once, the cleaning is done in the background. Repeatable."""
+        self._pool.release(self)
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self.release()
+
+    def to_dict(self) -> Dict[str, Any]:
+        """What identifies the slot and its use, ready for JSON. The right to it is not in there."""
+        return {
+            "slot_id": self.slot_id,
+            "alloc_id": self.alloc_id,
+            "container_addr": self.container_addr,
+            "workspace_dir": self.workspace_dir,
+            "state": self.state.value,
+            "trajectory_id": self.trajectory_id,
+            "metadata": self.metadata,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Slot {self.slot_id} of {self.alloc_id}, {self.state.value}>"
+
+
+def _path(path: object) -> str:
+    try:
+        return os.fspath(path)  # type: ignore[arg-type, no-any-return]
+    except TypeError:
+        raise InvalidRequest("path", "a path as str", shown(path)) from None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 import urllib.parse
-import uuid
+
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
 from ..errors import ContainerLost, ContainerRefused, SlotPoolError
@@ -87,7 +88,7 @@ class SandboxClient:
         :raises SlotError: ``may_have_run`` tells whether a repetition by the caller could run it twice.
         :raises InvalidRequest: nothing was run.
         """
-        execution_id = execution_id or uuid.uuid4().hex
+        execution_id = execution_id or secrets.token_hex(16)
         call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
         deadline = time.monotonic() + timeout + _ENDING + _SLACK

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from typing import NoReturn, Optional
+from typing import Callable, NoReturn, Optional
 
 import attr
 import waitress
@@ -33,9 +33,10 @@ class ServeConfig:
     parent: Optional[int] = None  # a process to end with
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve until SIGTERM, SIGINT, or the end of ``config.parent``; in the main thread. Prints its address when it is ready.
+def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM, SIGINT, or the end of ``config.parent``; in the main thread.
 
+    :param on_ready: called with the address once it listens.
     :raises StartFailed: nothing is left of the attempt.
     """
     if config.token is None and config.listen is not None and config.listen not in _LOOPBACK:
@@ -47,7 +48,7 @@ def serve(config: ServeConfig) -> None:
         signal.signal(signum, _exit)
     host = Host(config.host)
     try:
-        _listen(config, host)
+        _listen(config, host, on_ready)
     finally:
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)  # ending takes a moment, and must not be cut short
@@ -58,7 +59,7 @@ def _exit(signum: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def _listen(config: ServeConfig, host: Host) -> None:
+def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) -> None:
     settings = {
         # A long command holds a thread for as long as its request may be held; health and other slots need some all the same.
         "threads": 2 * config.host.slots + 16,
@@ -80,7 +81,7 @@ def _listen(config: ServeConfig, host: Host) -> None:
     threading.Thread(target=_watch_nursery, args=(host,), name="slotpool-nursery", daemon=True).start()
     if config.parent is not None:
         threading.Thread(target=_watch_parent, args=(config.parent,), name="slotpool-parent", daemon=True).start()
-    print(address, flush=True)
+    on_ready(address)
     try:
         server.run()
     finally:

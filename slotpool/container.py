@@ -1,0 +1,35 @@
+"""A container in the pool's hands: its server, and how many of its slots this pool holds."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Dict, List
+
+from .fleet import Member
+from .sandbox.client import SandboxClient
+from .tenure import Tenure
+
+
+class Container:
+    """Plain data and a client; the pool's lock guards all but the client."""
+
+    def __init__(self, member: Member, capacity: int) -> None:
+        self.member = member
+        self.id = member.id
+        self.address = member.address
+        self.capacity = capacity
+        self.client = SandboxClient(member.address, member.token, connections=2 * capacity + 4)
+        self.tenures: Dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
+        self.outbox: List[str] = []  # tokens to give back
+        self.asking = 0  # leases asked for, not yet answered
+        self.exchanges = 0  # requests under way that give back and take
+        self.exhausted = False  # the last time, it had none for us
+        self.checking = False  # a renewal is under way
+        self.cordoned = False  # to be ended: nothing more is leased
+        self.answered_at = time.monotonic()
+        self.info: Dict[str, Any] = {}
+
+    @property
+    def room(self) -> int:
+        """Leases that this pool could still ask for."""
+        return 0 if self.cordoned else self.capacity - len(self.tenures) - self.asking

@@ -1,0 +1,35 @@
+"""Standing servers at known addresses, perhaps shared with other pools."""
+
+from __future__ import annotations
+
+from typing import Callable, Optional, Sequence
+
+from . import Member
+
+
+class StaticFleet:
+    """Those servers, no more and no fewer."""
+
+    def __init__(self, addresses: Sequence[str], token: Optional[str]) -> None:
+        self._members = [Member(address, i, address, token) for i, address in enumerate(addresses)]
+
+    def start(self, on_change: Callable[[], None]) -> None:
+        on_change()
+
+    def members(self) -> Sequence[Member]:
+        return self._members
+
+    def scale(self, wanted: int) -> None:
+        pass
+
+    def replace(self, member: Member) -> None:
+        pass  # somebody else's; it may come back
+
+    def failure(self) -> Optional[Exception]:
+        return None
+
+    def describe(self) -> str:
+        return f"{len(self._members)} standing server(s)"
+
+    def stop(self, purge: bool) -> None:
+        pass

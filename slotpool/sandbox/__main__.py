@@ -1,0 +1,33 @@
+"""A sandbox server as a child process of a local fleet.
+
+Standard input brings one line of JSON, :class:`Settings`, and stays open as long as the parent wants the server. Standard
+output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line, and the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from ..errors import SlotPoolError
+from .serve import HostConfig, ServeConfig, serve
+
+
+def main() -> None:
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return  # the parent died before it could ask for anything
+    settings = json.loads(line)
+    token, parent = settings.pop("token"), settings.pop("parent")
+    settings["readonly_paths"] = tuple(settings["readonly_paths"])
+    config = ServeConfig(HostConfig(**settings), listen=None, token=token, parent=parent)
+    try:
+        serve(config, lambda address: print(json.dumps({"ready": address}), flush=True))
+    except SlotPoolError as e:
+        print(json.dumps({"failed": type(e).__name__, "message": str(e)}), flush=True)
+        sys.exit(1)
+
+
+main()

@@ -1,0 +1,41 @@
+"""How many containers demand wants. Pure: no I/O, no clock of its own."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import attr
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class Demand:
+    """What the pool needs now."""
+
+    leased: int  # slots handed out
+    waiting: int  # callers that wait for one
+
+
+@attr.s(slots=True, auto_attribs=True)
+class Scaler:
+    """Up at once to what leases and waiters need; down again when less has been enough for ``down_after`` seconds."""
+
+    slots_per_container: int
+    minimum: int
+    maximum: int
+    down_after: float
+    current: int = 0  # containers wanted at the last decision
+    _enough_since: Optional[float] = attr.ib(default=None, init=False)
+
+    def wanted(self, demand: Demand, now: float) -> int:
+        """The number of containers to have from now on; ``now`` is in seconds on a monotonic clock."""
+        needed = -(-(demand.leased + demand.waiting) // self.slots_per_container)
+        needed = max(self.minimum, min(needed, self.maximum))
+        if needed >= self.current:
+            self._enough_since = None
+            self.current = needed
+        elif self._enough_since is None:
+            self._enough_since = now
+        elif now - self._enough_since >= self.down_after:
+            self._enough_since = None
+            self.current = needed
+        return self.current

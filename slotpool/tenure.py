@@ -1,0 +1,91 @@
+"""One lease in the pool's hands, idle or handed out: what it gives access to, and whether it still holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import TYPE_CHECKING, Iterator
+
+from .errors import LeaseLost
+from .slot import SlotState
+
+if TYPE_CHECKING:
+    from .container import Container
+    from .sandbox.client import SandboxClient
+    from .sandbox.protocol import Lease
+
+
+class Tenure:
+    """A lease as its pool sees it. Thread-safe."""
+
+    def __init__(self, container: Container, lease: Lease) -> None:
+        self._lease = lease
+        self.container = container
+        self.slot = lease["slot"]
+        self.token = lease["token"]
+        self.workspace = lease["workspace"]
+        self.network = lease["network"]
+        self.used = False  # whether anything may have been done in the slot, so that it needs cleaning
+        self.acquired_at = 0.0  # on the monotonic clock
+        self._lock = threading.Lock()  # guards the fields below
+        self._running = 0
+        self._end = ""  # why it can't be used any more
+        self._lost = False
+        self._pid = os.getpid()
+
+    def handed_on(self) -> Tenure:
+        """The same lease for another holder; whoever has this object can't use it any more."""
+        fresh = Tenure(self.container, {**self._lease, "network": self.network})
+        fresh.used = self.used
+        return fresh
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[SandboxClient]:
+        """The client of its container, for one call into the slot.
+
+        :raises LeaseLost: if it does not hold any more; also if a call finds that out.
+        """
+        if os.getpid() != self._pid:
+            raise LeaseLost(f"{self.slot} belongs to process {self._pid}, from which this one was forked")
+        with self._lock:
+            if self._end:
+                raise LeaseLost(self._end)
+            self._running += 1
+            self.used = True
+        try:
+            yield self.container.client
+        except LeaseLost as e:
+            self.lose(e.message)
+            raise
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def lose(self, why: str) -> None:
+        """The server does not know the lease any more, or the server itself is lost."""
+        with self._lock:
+            if not self._end:
+                self._end, self._lost = why, True
+
+    def end(self) -> bool:
+        """The holder gives it back; False if that was done before."""
+        with self._lock:
+            if self._end and not self._lost:
+                return False
+            self._end, self._lost = "the slot has been released", False
+            return True
+
+    @property
+    def lost(self) -> bool:
+        with self._lock:
+            return self._lost
+
+    @property
+    def state(self) -> SlotState:
+        with self._lock:
+            if self._lost:
+                return SlotState.ERROR
+            if self._end:
+                return SlotState.RELEASING
+            return SlotState.EXECUTING if self._running else SlotState.ACQUIRED
