@@ -59,13 +59,13 @@ class SandboxClient:
         whose grant is lost on the way end by themselves after ``ttl`` seconds.
         """
         body = {"owner": owner, "ttl": ttl, "take": take, "release": list(release), "wait": wait}
-        answer: Any = self._dict(self._repeat(lambda: self._http.post("/v1/leases", body, wait + _SLACK), once_sent=False))
+        answer: Any = self._dict(self._repeat(lambda: self._http.json("POST", "/v1/leases", body, wait + _SLACK), once_sent=False))
         return answer  # type: ignore[no-any-return]
 
     def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> List[str]:
         """``POST /v1/leases/renew``; the tokens that aren't held any more. Not repeated."""
         try:
-            answer = self._http.post("/v1/leases/renew", {"tokens": list(tokens)}, timeout)
+            answer = self._http.json("POST", "/v1/leases/renew", {"tokens": list(tokens)}, timeout)
         except (NotSent, Broken) as e:
             raise self._lost(str(e), False) from e
         return list(self._dict((answer[0], answer[1], False))["lost"])
@@ -95,7 +95,7 @@ class SandboxClient:
 
         def ask() -> Tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
-            return self._http.post(path, {**call, "wait": wait}, wait + _SLACK, headers)
+            return self._http.json("POST", path, {**call, "wait": wait}, wait + _SLACK, headers)
 
         try:
             while True:
@@ -119,7 +119,7 @@ class SandboxClient:
 
         def ask() -> Tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
-            return self._http.post("/v1/batch", {"calls": [calls[i] for i in open_], "wait": wait}, wait + _SLACK)
+            return self._http.json("POST", "/v1/batch", {"calls": [calls[i] for i in open_], "wait": wait}, wait + _SLACK)
 
         try:
             while open_:
@@ -145,8 +145,8 @@ class SandboxClient:
     def cancel_quietly(self, slot: str, lease: str, execution_id: str) -> None:
         """Kill an execution if it runs. A failure is logged, not raised: the lease's end kills it anyway."""
         try:
-            self._http.post(
-                f"/v1/slots/{slot}/cancel", {"execution_id": execution_id}, _CANCEL_TIMEOUT, {LEASE_HEADER: lease}
+            self._http.json(
+                "POST", f"/v1/slots/{slot}/cancel", {"execution_id": execution_id}, _CANCEL_TIMEOUT, {LEASE_HEADER: lease}
             )
         except (NotSent, Broken) as e:
             log.warning("could not cancel execution %s in %s of %s: %s", execution_id, slot, self.address, e)
@@ -154,7 +154,7 @@ class SandboxClient:
     def reset(self, slot: str, lease: str, network: Optional[bool] = None) -> bool:
         """Empty the slot and kill its processes, keeping the lease; whether it has network. Safe to repeat."""
         path, headers = f"/v1/slots/{slot}/reset", {LEASE_HEADER: lease}
-        answer = self._repeat(lambda: self._http.post(path, {"network": network}, 3 * _SLACK, headers))
+        answer = self._repeat(lambda: self._http.json("POST", path, {"network": network}, 3 * _SLACK, headers))
         return bool(self._dict(answer)["network"])
 
     def read_file(self, slot: str, lease: str, path: str) -> bytes:
@@ -164,7 +164,7 @@ class SandboxClient:
         """
         headers = {LEASE_HEADER: lease}
         status, content, repeated = self._repeat(
-            lambda: self._http.request("GET", _file(slot, path), None, _FILE_TIMEOUT, headers)[:2]
+            lambda: self._http.request("GET", _file(slot, path), None, _FILE_TIMEOUT, headers)
         )
         if status != 200:
             raise self._refused(status, content, repeated)
@@ -177,7 +177,7 @@ class SandboxClient:
         """
         headers = {LEASE_HEADER: lease, "Content-Type": "application/octet-stream"}
         status, answer, repeated = self._repeat(
-            lambda: self._http.request("PUT", _file(slot, path), content, _FILE_TIMEOUT, headers)[:2]
+            lambda: self._http.request("PUT", _file(slot, path), content, _FILE_TIMEOUT, headers)
         )
         if status != 204:
             raise self._refused(status, answer, repeated)

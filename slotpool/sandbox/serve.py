@@ -68,6 +68,7 @@ def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) ->
         "max_request_body_size": config.host.max_file + 1024,
         "connection_limit": 2000,
         "channel_timeout": 120,
+        "send_bytes": 128,  # more than a head: head and body go out together, and wake the client once
     }
     if config.listen is None:
         server = waitress.create_server(App(host, config.token), unix_socket=host.socket_path, unix_socket_perms="600", **settings)
