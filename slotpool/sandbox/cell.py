@@ -104,6 +104,11 @@ class Cell:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")
 
+    @property
+    def armed(self) -> int:
+        """How many shells wait for a script."""
+        return len(self._armed)
+
     def arm(self, count: int = 1) -> None:
         """See that ``count`` shells are started and waiting for a script, so that :meth:`shell` needn't start one."""
         while True:

@@ -26,11 +26,11 @@ from .leases import Lease, LeaseTable
 from .protocol import CallRequest, RequestFailed, Result
 from .state import StateDirectory
 from .users import UserBlock
+from .warmer import Warmer
 
 log = logging.getLogger(__name__)
 
 _CLEANERS = 8  # threads that make slots ready
-_WARM_SHELLS = 2  # started shells that wait in each slot in use
 FILE_LIMIT = 300.0  # seconds for a file to be read or written
 
 # An execution's result, what it failed with, or None if it still runs.
@@ -93,6 +93,7 @@ class Host:
         self._table = LeaseTable(names)
         self._tenancies: Dict[str, Tenancy] = {}
         self._closing = False
+        self.warmer = Warmer()
         self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
         for name in names:
             self._cleaners.submit(self._make_ready, name)
@@ -379,6 +380,7 @@ class Host:
             tenancy.cell.destroy()
         self._reaper.join()
         self._cleaners.shutdown()
+        self.warmer.stop()
         self._end_nursery()
 
     def _end_nursery(self) -> None:
@@ -474,7 +476,4 @@ class _Run:
     def warm_up(self) -> None:
         """Have the next shells started, so that the next call finds them waiting."""
         if self.job is not None:
-            try:
-                self._tenancy.cell.arm(_WARM_SHELLS)
-            except OSError:  # the next call will find out, and mend it
-                pass
+            self._host.warmer.call_ended(self._tenancy.cell)

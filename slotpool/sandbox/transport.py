@@ -1,15 +1,17 @@
 """HTTP to one sandbox server: keep-alive connections by TCP, TLS or Unix socket, and what is known about a request that failed.
 
-The pool of connections, timeouts and TLS are urllib3's. Its connection class is replaced by one that sends a request in one
-piece and parses no more of the answer than these servers give, as both are most of what a request costs.
+Connecting, TLS and its checks are urllib3's. Requests and answers are written and read here, and only as these servers have
+them (RFC 9112 with a Content-Length): a general client's headers and packets would be most of what a short command costs.
 """
 
 from __future__ import annotations
 
+import collections
 import json
+import select
 import socket
 import urllib.parse
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Callable, Deque, Mapping, Optional, Tuple
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -28,135 +30,19 @@ class Broken(Exception):
     """The connection broke, or no answer came in time, after the request may have been sent."""
 
 
-class _Lean:
-    """Mixed into urllib3's connections: requests with a body in memory, answers with a Content-Length (RFC 9112)."""
-
-    sock: Any
-    timeout: Any
-
-    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any) -> None:
-        lines = [f"{method} {url} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        if body is not None:
-            lines.append(f"Content-Length: {len(body)}")
-        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-        if self.sock is None:
-            self.connect()
-        self.sock.settimeout(self.timeout)
-        if body is None or len(body) <= _JOINED:
-            self.sock.sendall(head + body if body else head)
-        else:
-            self.sock.sendall(head)
-            self.sock.sendall(body)
-
-    def getresponse(self) -> urllib3.HTTPResponse:
-        self.sock.settimeout(self.timeout)
-        received = self._receive()
-        while b"\r\n\r\n" not in received:
-            if len(received) > _MAX_HEAD:
-                raise urllib3.exceptions.ProtocolError("the head of the answer is too long")
-            received += self._receive()
-        head, _, body = received.partition(b"\r\n\r\n")
-        lines = head.decode("latin-1").split("\r\n")
-        headers = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        try:
-            version, status = lines[0].split(" ", 2)[:2]
-            code = int(status)
-            length = 0 if code in (204, 304) else int(headers["content-length"])
-        except (ValueError, KeyError) as e:
-            raise urllib3.exceptions.ProtocolError(f"not an answer of a sandbox server: {lines[0][:100]!r}") from e
-        content = self._receive_rest(body, length)
-        if headers.get("connection", "").lower() == "close" or version != "HTTP/1.1":
-            self.close()
-        return urllib3.HTTPResponse(content, headers, code, preload_content=False)
-
-    def _receive(self, size: int = 65536) -> bytes:
-        received: bytes = self.sock.recv(size)
-        if not received:
-            raise urllib3.exceptions.ProtocolError("the connection was closed before the answer was complete")
-        return received
-
-    def _receive_rest(self, body: bytes, length: int) -> bytes:
-        if len(body) == length:
-            return body
-        whole = bytearray(length)
-        view = memoryview(whole)
-        view[: len(body)] = body[:length]
-        at = len(body)
-        while at < length:
-            count = self.sock.recv_into(view[at : at + _READ_SIZE])
-            if count == 0:
-                raise urllib3.exceptions.ProtocolError(f"the connection was closed {length - at} bytes before the answer's end")
-            at += count
-        return bytes(whole)
-
-    def connect(self) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _TcpConnection(_Lean, HTTPConnection):
-    connect = HTTPConnection.connect
-    close = HTTPConnection.close
-
-
-class _TlsConnection(_Lean, HTTPSConnection):
-    connect = HTTPSConnection.connect
-    close = HTTPSConnection.close
-
-
-class _UnixConnection(_Lean, HTTPConnection):
-    """An HTTP connection whose host is a socket's path, percent-encoded."""
-
-    close = HTTPConnection.close
-
-    def connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(self.timeout)
-        try:
-            sock.connect(urllib.parse.unquote(self.host))
-        except OSError as e:
-            sock.close()
-            raise urllib3.exceptions.NewConnectionError(self, f"can't connect: {e}") from e
-        self.sock = sock
-
-
-class _TcpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _TcpConnection
-
-
-class _TlsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
-
-
-class _UnixPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _UnixConnection
-
-
 class Transport:
-    """Requests to one server. Thread-safe; keeps up to ``connections`` open.
+    """Requests to one server. Thread-safe; each has a connection to itself, and up to ``connections`` are kept open.
 
     Nothing is ever sent twice: repeating is for the caller, who knows what may be repeated.
     """
 
     def __init__(self, address: str, token: Optional[str], connections: int) -> None:
         self.address = address
-        parts = urllib.parse.urlsplit(address)
-        host = "localhost"
-        settings: Dict[str, Any] = {"maxsize": connections, "retries": False}
-        if parts.scheme == "unix":
-            self._pool: urllib3.HTTPConnectionPool = _UnixPool(urllib.parse.quote(parts.path, safe=""), **settings)
-        else:
-            host = parts.netloc.rpartition("@")[2]
-            kind = _TlsPool if parts.scheme == "https" else _TcpPool
-            self._pool = kind(parts.hostname or "", parts.port, **settings)
-        self._headers = {"Host": host}
-        if token is not None:
-            self._headers["Authorization"] = f"Bearer {token}"
+        self._connect = _connector(address)
+        # The last used is the first taken. Appending and popping are atomic, so there is no lock.
+        self._idle: Deque[Any] = collections.deque(maxlen=connections)
+        host = urllib.parse.urlsplit(address).netloc.rpartition("@")[2] or "localhost"
+        self._fixed = f" HTTP/1.1\r\nHost: {host}\r\n" + (f"Authorization: Bearer {token}\r\n" if token is not None else "")
 
     def request(
         self, method: str, path: str, body: Optional[bytes], read_timeout: float, headers: Optional[Mapping[str, str]] = None
@@ -166,21 +52,43 @@ class Transport:
         :param read_timeout: seconds that the server may be silent.
         :raises NotSent, Broken: if there was none.
         """
+        lines = [method, " ", path, self._fixed]
+        for name, value in (headers or {}).items():
+            lines += name, ": ", value, "\r\n"
+        if body is not None:
+            lines.append(f"Content-Length: {len(body)}\r\n")
+        lines.append("\r\n")
+        head = "".join(lines).encode("latin-1")
+        connection = self._take()
         try:
-            answer = self._pool.urlopen(
-                method,
-                path,
-                body=body,
-                headers={**self._headers, **headers} if headers else self._headers,
-                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT, read=read_timeout),
-                redirect=False,
-                assert_same_host=False,
-            )
-        except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as e:
-            raise NotSent(str(e)) from e
-        except (urllib3.exceptions.HTTPError, OSError) as e:
+            status, content, keep = _exchange(connection.sock, head, body, read_timeout)
+        except (OSError, ValueError) as e:
+            connection.close()
             raise Broken(f"{type(e).__name__}: {e}") from e
-        return answer.status, answer.data
+        except BaseException:
+            connection.close()
+            raise
+        if keep and len(self._idle) < (self._idle.maxlen or 0):
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return status, content
+
+    def _take(self) -> Any:
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                break
+            poll = select.poll()
+            poll.register(connection.sock, select.POLLIN)
+            if not poll.poll(0):
+                return connection
+            connection.close()  # the server has closed it, as it was idle for long
+        try:
+            return self._connect()
+        except (OSError, urllib3.exceptions.HTTPError) as e:
+            raise NotSent(str(e)) from e
 
     def json(
         self, method: str, path: str, body: object, read_timeout: float, headers: Optional[Mapping[str, str]] = None
@@ -194,5 +102,96 @@ class Transport:
             return status, None
 
     def close(self) -> None:
-        """Close idle connections; those in use are closed when their request ends."""
-        self._pool.close()
+        """Close idle connections."""
+        while True:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return
+
+
+class _UnixConnection:
+    def __init__(self, path: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.sock.settimeout(CONNECT_TIMEOUT)
+            self.sock.connect(path)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def _connector(address: str) -> Callable[[], Any]:
+    """What opens a connection: something with ``sock`` and ``close``."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme == "unix":
+        return lambda: _UnixConnection(parts.path)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+
+    def connect() -> Any:
+        connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT)
+        connection.connect()
+        return connection
+
+    return connect
+
+
+def _exchange(sock: socket.socket, head: bytes, body: Optional[bytes], read_timeout: float) -> Tuple[int, bytes, bool]:
+    """Send and receive; the status, the content, and whether the connection may be kept.
+
+    :raises ValueError: if the answer is not what these servers send.
+    """
+    sock.settimeout(read_timeout)
+    if body is None or len(body) <= _JOINED:
+        sock.sendall(head + body if body else head)
+    else:
+        sock.sendall(head)
+        sock.sendall(body)
+    received = _receive(sock)
+    while True:
+        end = received.find(b"\r\n\r\n")
+        if end >= 0:
+            break
+        if len(received) > _MAX_HEAD:
+            raise ValueError("the head of the answer is too long")
+        received += _receive(sock)
+    lines = received[:end].split(b"\r\n")
+    version, status = lines[0].split(b" ", 2)[:2]
+    length: Optional[int] = 0 if status in (b"204", b"304") else None
+    keep = version == b"HTTP/1.1"
+    for line in lines[1:]:
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name == b"content-length":
+            length = int(value)
+        elif name == b"connection" and value.strip().lower() == b"close":
+            keep = False
+    if length is None:
+        raise ValueError(f"an answer without Content-Length: {lines[0][:100]!r}")
+    content = received[end + 4 :]
+    if len(content) < length:
+        content = _receive_rest(sock, content, length)
+    return int(status), content, keep
+
+
+def _receive(sock: socket.socket) -> bytes:
+    received = sock.recv(65536)
+    if not received:
+        raise ConnectionError("the connection was closed before the answer was complete")
+    return received
+
+
+def _receive_rest(sock: socket.socket, begun: bytes, length: int) -> bytes:
+    whole = bytearray(length)
+    view = memoryview(whole)
+    at = len(begun)
+    view[:at] = begun
+    while at < length:
+        count = sock.recv_into(view[at : at + _READ_SIZE])
+        if count == 0:
+            raise ConnectionError(f"the connection was closed {length - at} bytes before the answer's end")
+        at += count
+    return bytes(whole)

@@ -89,36 +89,43 @@ def send_error(control: socket.socket, why: str) -> None:
         pass
 
 
+class _Call:
+    """A running call: its process, its socket, a descriptor that is readable once the process has ended."""
+
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        self.pid = pid
+        self.sock = sock
+        self.end = os.pidfd_open(pid)
+
+
 class Zygote:
     """Serve ``control`` from within the sandbox; never returns from :meth:`run`."""
 
     def __init__(self, control: socket.socket, env: dict[str, str]) -> None:
         self._control = control
         self._env = env
-        self._calls: dict[int, socket.socket] = {}  # process id -> the call's socket
-        self._pids: dict[int, int] = {}  # that socket's descriptor -> process id
+        self._calls: dict[int, _Call] = {}  # by process id
+        self._wakes: dict[int, Callable[[], None]] = {}  # by descriptor
         self._poll = select.poll()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> NoReturn:
-        wake, wakened = socket.socketpair()
-        for end in (wake, wakened):
-            end.setblocking(False)
-        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._poll.register(self._control, select.POLLIN)
-        self._poll.register(wake, select.POLLIN)
+        self._watch(self._control.fileno(), self._start)
         gc.disable()  # nothing here makes cycles, and a collection would copy memory that is shared with the nursery
         self._control.send(READY, socket.MSG_NOSIGNAL)
         while True:
             for fd, _ in self._poll.poll():
-                if fd == wake.fileno():
-                    wake.recv(4096)
-                    self._reap()
-                elif fd == self._control.fileno():
-                    self._start()
-                elif fd in self._pids:
-                    self._kill(fd)
+                wake = self._wakes.get(fd)
+                if wake is not None:  # else an earlier one of this round has closed it
+                    wake()
+
+    def _watch(self, fd: int, wake: Callable[[], None]) -> None:
+        self._wakes[fd] = wake
+        self._poll.register(fd, select.POLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        del self._wakes[fd]
+        self._poll.unregister(fd)
 
     def _start(self) -> None:
         message, fds = linux.receive(self._control, 65536, 8)
@@ -129,18 +136,47 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             self._become(order, named)
-        call = socket.socket(fileno=named.pop("call"))
+        call = self._calls[pid] = _Call(pid, socket.socket(fileno=named.pop("call")))
         for fd in named.values():
             os.close(fd)
-        self._calls[pid] = call
-        self._pids[call.fileno()] = pid
-        self._poll.register(call, select.POLLIN)
+        # A descriptor for its end, and not SIGCHLD, as a signal handler costs more than all else that is done here.
+        self._watch(call.end, self._reap)
+        self._watch(call.sock.fileno(), lambda: self._kill(call))
+
+    def _reap(self) -> None:
+        """Collect every child that has ended, those that were orphaned and came to this process too."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            call = self._calls.get(pid)
+            if call is not None:
+                self._ended(call, status)
+
+    def _ended(self, call: _Call, status: int) -> None:
+        try:
+            call.sock.send(STATUS.pack(status), socket.MSG_NOSIGNAL)
+        except OSError:  # the server has given this call up
+            pass
+        del self._calls[call.pid]
+        self._unwatch(call.sock.fileno())
+        self._unwatch(call.end)
+        call.sock.close()
+        os.close(call.end)
+
+    def _kill(self, call: _Call) -> None:
+        if not kill_tree(call.pid):
+            os._exit(1)  # the server replaces the whole sandbox
+        _, status = os.waitpid(call.pid, 0)
+        self._ended(call, status)
 
     def _become(self, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         try:
             linux.set_child_subreaper()  # what daemonises stays below this process, where a time-out finds it
             os.setsid()
-            signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             os.dup2(fds.get("stdin", self._null), 0)
@@ -155,34 +191,6 @@ class Zygote:
                 _report(_write_file, order["path"], order["size"])
         finally:
             os._exit(127)
-
-    def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            call = self._calls.pop(pid, None)
-            if call is not None:
-                self._end(call, status)
-
-    def _end(self, call: socket.socket, status: int) -> None:
-        self._poll.unregister(call)
-        del self._pids[call.fileno()]
-        try:
-            call.send(STATUS.pack(status), socket.MSG_NOSIGNAL)
-        except OSError:  # the server has given this call up
-            pass
-        call.close()
-
-    def _kill(self, fd: int) -> None:
-        pid = self._pids[fd]
-        if not kill_tree(pid):
-            os._exit(1)  # the server replaces the whole sandbox
-        _, status = os.waitpid(pid, 0)
-        self._end(self._calls.pop(pid), status)
 
 
 def kill_tree(root: int) -> bool:
