@@ -1,10 +1,10 @@
 """Isolated slots for code you don't trust: leased from a pool, many to a container, from this machine or a cluster.
 
-    from slotpool import SlotPool
+from slotpool import SlotPool
 
-    with SlotPool() as pool:
-        with pool.slot() as s:
-            print(s.bash("echo hello").stdout)
+with SlotPool() as pool:
+    with pool.slot() as s:
+        print(s.bash("echo hello").stdout)
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import difflib
 import math
 import os
 import urllib.parse
-from typing import Any, Callable, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any, Callable
 
 import attr
 
@@ -55,7 +56,7 @@ def _is_address(address: Any) -> bool:
         return False
     try:
         parts = urllib.parse.urlsplit(address)
-        return bool(parts.scheme in ("http", "https") and parts.hostname or parts.scheme == "unix" and parts.path)
+        return bool((parts.scheme in ("http", "https") and parts.hostname) or (parts.scheme == "unix" and parts.path))
     except ValueError:
         return False
 
@@ -109,8 +110,8 @@ class SlotPoolConfig:
         its slots come back after this time.
     :ivar prefetch: idle leases kept ready, so that ``acquire`` needn't ask a server. Default: ``slots_per_container`` when
         local, 0 when the servers may be shared with other pools.
-    :ivar health_check_interval: longest period between two looks at the containers. Leases are renewed at least three times in a
-        ``lease_ttl``.
+    :ivar health_check_interval: longest period between two looks at the containers. Leases are renewed at least
+        three times in a ``lease_ttl``.
     :ivar scale_cooldown: pause after a scaling that was refused.
     :ivar scale_down_after: containers that demand does not need any more are ended after this time.
     :ivar isolation: ``auto`` (the strongest that works, never ``none``), ``bwrap``, ``user`` or ``none``.
@@ -125,10 +126,10 @@ class SlotPoolConfig:
         dockerfile_path, docker_build_context: of the Nomad backend.
     """
 
-    servers: Tuple[str, ...] = _field((), _urls, converter=_strings)
-    nomad_address: Optional[str] = attr.ib(validator=_or_none(_check("an address such as 'http://host:4646'", _is_address)))
+    servers: tuple[str, ...] = _field((), _urls, converter=_strings)
+    nomad_address: str | None = attr.ib(validator=_or_none(_check("an address such as 'http://host:4646'", _is_address)))
     backend: str = attr.ib(validator=_one_of(*BACKENDS))
-    token: Optional[str] = attr.ib(validator=_or_none(_string), repr=False)
+    token: str | None = attr.ib(validator=_or_none(_string), repr=False)
     slots_per_container: int = _field(10, _integer(1, 1000))
     min_containers: int = _field(1, _integer(0, 10_000))
     max_containers: int = _field(10, _integer(1, 10_000))
@@ -141,15 +142,15 @@ class SlotPoolConfig:
     scale_cooldown: float = _field(60.0, _seconds(0, 86_400))
     scale_down_after: float = _field(60.0, _seconds(0, 86_400))
     isolation: str = _field("auto", _one_of(*ISOLATIONS))
-    network: Optional[bool] = _field(None, _or_none(_flag))
+    network: bool | None = _field(None, _or_none(_flag))
     max_output: int = _field(50_000, _integer(0, 100 * 1024 * 1024))
     max_file_size: int = _field(256 * 1024 * 1024, _integer(1, 1024 * 1024 * 1024))
     max_processes: int = _field(1024, _integer(16, 1_000_000))
-    readonly_paths: Tuple[str, ...] = _field((), _paths, converter=_strings)
-    state_dir: Optional[str] = _field(None, _or_none(_path))
+    readonly_paths: tuple[str, ...] = _field((), _paths, converter=_strings)
+    state_dir: str | None = _field(None, _or_none(_path))
 
     job_id: str = _field("slotpool-sandbox", _string)
-    datacenter: Tuple[str, ...] = _field(("dc1",), _names, converter=_strings)
+    datacenter: tuple[str, ...] = _field(("dc1",), _names, converter=_strings)
     image: str = _field("slotpool-sandbox:local", _string)
     driver: str = _field("docker", _string)
     privileged: bool = _field(False, _flag)
@@ -157,11 +158,11 @@ class SlotPoolConfig:
     memory: int = _field(512, _integer(16, 100_000_000))
     purge_job_on_start: bool = _field(False, _flag)
     auto_build_local_image: bool = _field(True, _flag)
-    dockerfile_path: Optional[str] = _field(None, _or_none(_string))
-    docker_build_context: Optional[str] = _field(None, _or_none(_string))
+    dockerfile_path: str | None = _field(None, _or_none(_string))
+    docker_build_context: str | None = _field(None, _or_none(_string))
 
     @nomad_address.default
-    def _address_of_environment(self) -> Optional[str]:
+    def _address_of_environment(self) -> str | None:
         return None if self.servers else os.environ.get("NOMAD_ADDR") or None
 
     @backend.default
@@ -169,7 +170,7 @@ class SlotPoolConfig:
         return "static" if self.servers else "nomad" if self.nomad_address else "local"
 
     @token.default
-    def _token_of_environment(self) -> Optional[str]:
+    def _token_of_environment(self) -> str | None:
         return os.environ.get("SLOTPOOL_TOKEN") or None
 
     @prefetch.default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict, List
+from typing import Any
 
 from .fleet import Member
 from .sandbox.client import SandboxClient
@@ -19,15 +19,15 @@ class Container:
         self.address = member.address
         self.capacity = capacity
         self.client = SandboxClient(member.address, member.token, connections=2 * capacity + 4)
-        self.tenures: Dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
-        self.outbox: List[str] = []  # tokens to give back
+        self.tenures: dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
+        self.outbox: list[str] = []  # tokens to give back
         self.asking = 0  # leases asked for, not yet answered
         self.exchanges = 0  # requests under way that give back and take
         self.exhausted = False  # the last time, it had none for us
         self.checking = False  # a renewal is under way
         self.cordoned = False  # to be ended: nothing more is leased
         self.answered_at = time.monotonic()
-        self.info: Dict[str, Any] = {}
+        self.info: dict[str, Any] = {}
 
     @property
     def room(self) -> int:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .pool import SlotPool
@@ -51,7 +51,7 @@ class HealthThread:
             except queue.Empty:
                 pass
             due = time.monotonic() + self._period
-            pool: Optional[SlotPool] = self._pool()
+            pool: SlotPool | None = self._pool()
             if pool is None:
                 return
             try:

@@ -14,8 +14,9 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import TYPE_CHECKING, Any, Callable
 
 from .config import SlotPoolConfig
 from .container import Container
@@ -42,7 +43,6 @@ from .tenure import Tenure
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Type
 
     from .sandbox.protocol import CallRequest
 
@@ -59,7 +59,7 @@ class _Waiter:
     """A caller in line. Its queue gets a tenure, or None when the pool closes."""
 
     def __init__(self) -> None:
-        self.queue: queue.Queue[Optional[Tenure]] = queue.Queue(1)
+        self.queue: queue.Queue[Tenure | None] = queue.Queue(1)
 
 
 class SlotPool:
@@ -71,7 +71,7 @@ class SlotPool:
     :raises ConfigError: a setting can't be used.
     """
 
-    def __init__(self, config: Optional[SlotPoolConfig] = None, **settings: Any) -> None:
+    def __init__(self, config: SlotPoolConfig | None = None, **settings: Any) -> None:
         if config is not None and settings:
             raise ConfigError("config", "either a SlotPoolConfig or keywords", "both")
         if config is not None and not isinstance(config, SlotPoolConfig):
@@ -81,21 +81,21 @@ class SlotPool:
         # Guards every field below but the queues, which have locks of their own. Nothing slow is done under it.
         self._lock = threading.Lock()
         self._ready: queue.Queue[Tenure] = queue.Queue()  # leases that are held for the next to come
-        self._waiters: Deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see acquire()
-        self._containers: Dict[str, Container] = {}
-        self._held: Set[Tenure] = set()
+        self._waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see acquire()
+        self._containers: dict[str, Container] = {}
+        self._held: set[Tenure] = set()
         self._counters = Counters()
         self._scaler = self._new_scaler()
         self._scale_target = 0  # containers that the fleet is, or is being, brought to
         self._scaling = False
-        self._admitting: Set[str] = set()  # members that are being asked who they are
+        self._admitting: set[str] = set()  # members that are being asked who they are
         self._no_scaling_before = 0.0
-        self._trouble: Optional[Exception] = None  # the last failure to scale or to lease
+        self._trouble: Exception | None = None  # the last failure to scale or to lease
         self._state = "new"
         self._pid = os.getpid()
         self._fleet: Fleet = _fleet_of(self.config)
-        self._executor: Optional[ThreadPoolExecutor] = None
-        self._health: Optional[HealthThread] = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._health: HealthThread | None = None
         self._grown = threading.Condition(self._lock)  # signalled when containers come, or can't
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
@@ -195,9 +195,7 @@ class SlotPool:
     def __enter__(self) -> SlotPool:
         return self.start()
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def _require_started(self) -> None:
@@ -208,11 +206,11 @@ class SlotPool:
 
     # Leases
 
-    def slot(self, trajectory_id: Optional[str] = None, *, timeout: Optional[float] = None, network: Optional[bool] = None) -> Slot:
+    def slot(self, trajectory_id: str | None = None, *, timeout: float | None = None, network: bool | None = None) -> Slot:
         """The same as :meth:`acquire`, to be used as ``with pool.slot() as s:``."""
         return self.acquire(trajectory_id, timeout=timeout, network=network)
 
-    def acquire(self, trajectory_id: Optional[str] = None, *, timeout: Optional[float] = None, network: Optional[bool] = None) -> Slot:
+    def acquire(self, trajectory_id: str | None = None, *, timeout: float | None = None, network: bool | None = None) -> Slot:
         """A clean slot, for the caller alone until it is released; first come, first served.
 
         :param trajectory_id: a name for what the slot is used for; made up if not given.
@@ -279,7 +277,7 @@ class SlotPool:
             self._counters.requests_wait_ms += (time.monotonic() - asked) * 1000
         return tenure
 
-    def _pop_ready(self) -> Optional[Tenure]:
+    def _pop_ready(self) -> Tenure | None:
         while True:
             try:
                 tenure = self._ready.get_nowait()
@@ -288,7 +286,7 @@ class SlotPool:
             if not tenure.lost:
                 return tenure
 
-    def _leave_line(self, waiter: _Waiter) -> Optional[Tenure]:
+    def _leave_line(self, waiter: _Waiter) -> Tenure | None:
         """Wait no more; a tenure that was handed over in the last moment."""
         with self._lock:
             if waiter in self._waiters:
@@ -409,7 +407,7 @@ class SlotPool:
         asking = sum(container.asking for container in self._containers.values())
         return len(self._waiters) + self.config.prefetch - self._ready.qsize() - asking
 
-    def _in_order(self) -> List[Container]:
+    def _in_order(self) -> list[Container]:
         return sorted(self._containers.values(), key=lambda container: container.member.index)
 
     def _submit_exchange(self, container: Container) -> None:
@@ -424,8 +422,8 @@ class SlotPool:
             take = max(0, min(self._need(), container.room))
             container.asking += take
             hold = _HOLD if self._waiters else _SHORT_HOLD if release else 0.0
-        granted: List[Tenure] = []
-        failure: Optional[SlotPoolError] = None
+        granted: list[Tenure] = []
+        failure: SlotPoolError | None = None
         if take or release:
             try:
                 answer = container.client.lease(self._owner, self.config.lease_ttl, take, release, hold)
@@ -484,7 +482,7 @@ class SlotPool:
 
     def _admit(self, member: Member) -> None:
         container = Container(member, self.config.slots_per_container)
-        failure: Optional[SlotPoolError] = None
+        failure: SlotPoolError | None = None
         try:
             container.info = container.client.health()
             container.capacity = int(container.info.get("slots", 0))
@@ -498,7 +496,9 @@ class SlotPool:
                 log.warning("%s: %s", member.id, failure)
                 self._trouble = failure
             elif self._state == "started":
-                log.info("%s has come, with %d slots, isolation %s", member.id, container.capacity, container.info.get("isolation"))
+                log.info(
+                    "%s has come, with %d slots, isolation %s", member.id, container.capacity, container.info.get("isolation")
+                )
                 self._containers[member.id] = container
                 self._refill()
             self._grown.notify_all()
@@ -532,7 +532,7 @@ class SlotPool:
         while True:
             with self._lock:
                 target = self._scale_target
-            failure: Optional[SlotPoolError] = None
+            failure: SlotPoolError | None = None
             try:
                 self._fleet.scale(target)
             except SlotPoolError as e:
@@ -593,8 +593,8 @@ class SlotPool:
     def _check(self, container: Container) -> None:
         with self._lock:
             tokens = list(container.tenures)
-        failure: Optional[SlotPoolError] = None
-        lost: List[str] = []
+        failure: SlotPoolError | None = None
+        lost: list[str] = []
         try:
             lost = container.client.renew(tokens, timeout=self._check_timeout())
         except SlotPoolError as e:
@@ -627,7 +627,7 @@ class SlotPool:
 
     # Executing
 
-    def execute(self, slot: Slot, tool: str, args: Mapping[str, Any], timeout: Optional[float] = None) -> ExecutionResult:
+    def execute(self, slot: Slot, tool: str, args: Mapping[str, Any], timeout: float | None = None) -> ExecutionResult:
         """Run a tool by name in a slot: ``bash {command, cwd, env, stdin}``, ``read_file {path}``, ``write_file {path, content}``.
 
         It runs at most once. A file that can't be read or written is a result with ``error``, not an exception.
@@ -652,8 +652,8 @@ class SlotPool:
         return ExecutionResult.of(result, execution_id, slot.slot_id)
 
     def execute_batch(
-        self, calls: Iterable[Tuple[Slot, str, Mapping[str, Any]]], timeout: Optional[float] = None
-    ) -> List[ExecutionResult]:
+        self, calls: Iterable[tuple[Slot, str, Mapping[str, Any]]], timeout: float | None = None
+    ) -> list[ExecutionResult]:
         """Run many tools side by side, one request a container; the results in the order asked.
 
         What goes wrong with one call, or one container, is in the ``error`` of its results only; ``metadata`` then has
@@ -664,17 +664,17 @@ class SlotPool:
         """
         self._require_started()
         limit = self._timeout(timeout)
-        entries: List[Tuple[Slot, CallRequest]] = []
+        entries: list[tuple[Slot, CallRequest]] = []
         for call in calls:
             if not isinstance(call, tuple) or len(call) != 3:
                 raise InvalidRequest("calls", "tuples (slot, tool, args)", shown(call))
             slot, tool, args = call
             self._check_call(slot, tool, args)
             entries.append((slot, _call_request(slot, tool, args, limit)))
-        groups: Dict[Container, List[int]] = {}
+        groups: dict[Container, list[int]] = {}
         for i, (slot, _) in enumerate(entries):
             groups.setdefault(slot._tenure.container, []).append(i)
-        found: List[Optional[ExecutionResult]] = [None] * len(entries)
+        found: list[ExecutionResult | None] = [None] * len(entries)
 
         def run(container: Container, numbers: Sequence[int]) -> None:
             part = [entries[i] for i in numbers]
@@ -736,7 +736,7 @@ class SlotPool:
         with self._lock:
             return max(0, self._total() - len(self._held))
 
-    def get_stats(self) -> Dict[str, Any]:
+    def get_stats(self) -> dict[str, Any]:
         """What the pool is doing and has done; the README has a table that explains each entry. Costs no request."""
         with self._lock:
             states = Counter(tenure.state for tenure in self._held)
@@ -774,8 +774,8 @@ def _call_request(slot: Slot, tool: str, args: Mapping[str, Any], timeout: float
     }
 
 
-def _run_batch(container: Container, part: Sequence[Tuple[Slot, CallRequest]]) -> List[ExecutionResult]:
-    answers: List[Any] = [None] * len(part)
+def _run_batch(container: Container, part: Sequence[tuple[Slot, CallRequest]]) -> list[ExecutionResult]:
+    answers: list[Any] = [None] * len(part)
     with contextlib.ExitStack() as stack:
         usable = []
         for i, (slot, _) in enumerate(part):
@@ -819,7 +819,11 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
                 "state_dir": config.state_dir,
             }
         )
-    raise ConfigError("backend", '"local" or "static" (this version has no Nomad backend; NOMAD_ADDR in the environment asks for it)', shown(config.backend))
+    raise ConfigError(
+        "backend",
+        '"local" or "static" (this version has no Nomad backend; NOMAD_ADDR in the environment asks for it)',
+        shown(config.backend),
+    )
 
 
 _open_pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import attr
 
 
@@ -24,7 +22,7 @@ class Scaler:
     maximum: int
     down_after: float
     current: int = 0  # containers wanted at the last decision
-    _enough_since: Optional[float] = attr.ib(default=None, init=False)
+    _enough_since: float | None = attr.ib(default=None, init=False)
 
     def wanted(self, demand: Demand, now: float) -> int:
         """The number of containers to have from now on; ``now`` is in seconds on a monotonic clock."""

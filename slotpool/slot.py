@@ -6,7 +6,8 @@ import enum
 import os
 import secrets
 import weakref
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Union
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attr
 
@@ -14,7 +15,6 @@ from .errors import CommandFailed, InvalidRequest, shown
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Type
 
     from .pool import SlotPool
     from .sandbox.protocol import Result
@@ -51,8 +51,8 @@ class ExecutionResult:
     success: bool
     stdout: str = ""
     stderr: str = ""
-    exit_code: Optional[int] = None
-    signal: Optional[int] = None
+    exit_code: int | None = None
+    signal: int | None = None
     timed_out: bool = False
     stdout_truncated: bool = False
     stderr_truncated: bool = False
@@ -60,7 +60,7 @@ class ExecutionResult:
     error: str = ""
     execution_id: str = ""
     slot_id: str = ""
-    metadata: Dict[str, Any] = attr.ib(factory=dict)
+    metadata: dict[str, Any] = attr.ib(factory=dict)
 
     @property
     def output(self) -> str:
@@ -80,7 +80,7 @@ class ExecutionResult:
             raise CommandFailed(self)
         return self
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All fields, ``output`` and ``truncated`` too, ready for JSON."""
         return {**attr.asdict(self), "output": self.output, "truncated": self.truncated}
 
@@ -124,7 +124,7 @@ class Slot:
     :ivar metadata: the caller's own; not looked at.
     """
 
-    def __init__(self, pool: SlotPool, tenure: Tenure, trajectory_id: Optional[str]) -> None:
+    def __init__(self, pool: SlotPool, tenure: Tenure, trajectory_id: str | None) -> None:
         self._pool = pool
         self._tenure = tenure
         self.slot_id = tenure.slot
@@ -132,7 +132,7 @@ class Slot:
         self.container_addr = tenure.container.address
         self.workspace_dir = tenure.workspace
         self.trajectory_id = trajectory_id or f"trajectory-{secrets.token_hex(8)}"
-        self.metadata: Dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self._finalizer = weakref.finalize(self, pool._abandon, tenure)
         self._finalizer.atexit = False  # the pool itself sees to that
 
@@ -149,10 +149,10 @@ class Slot:
         self,
         command: str,
         *,
-        timeout: Optional[float] = None,
-        cwd: Optional[str] = None,
-        env: Optional[Mapping[str, str]] = None,
-        stdin: Union[str, bytes, None] = None,
+        timeout: float | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: str | bytes | None = None,
         check: bool = False,
     ) -> ExecutionResult:
         """Run a command in bash; returns when the shell exits, even if background processes live on.
@@ -169,7 +169,7 @@ class Slot:
         :raises SlotError: the lease, the slot or the container was lost; ``may_have_run`` tells whether it is safe to try
             again elsewhere.
         """
-        args: Dict[str, Any] = {"command": command}
+        args: dict[str, Any] = {"command": command}
         if cwd is not None:
             args["cwd"] = os.fspath(cwd)
         if env is not None:
@@ -193,7 +193,7 @@ class Slot:
         with self._tenure.use() as client:
             return client.read_file(self.slot_id, self._tenure.token, _path(path))
 
-    def write_file(self, path: str, content: Union[str, bytes]) -> None:
+    def write_file(self, path: str, content: str | bytes) -> None:
         """Replace a file as a whole, or leave it as it was; directories on the way are made. Safe to repeat.
 
         :param path: as for :meth:`read_bytes`.
@@ -222,12 +222,10 @@ class Slot:
     def __enter__(self) -> Slot:
         return self
 
-    def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What identifies the slot and its use, ready for JSON. The right to it is not in there."""
         return {
             "slot_id": self.slot_id,
@@ -244,7 +242,8 @@ class Slot:
 
 
 def _path(path: object) -> str:
-    try:
-        return os.fspath(path)  # type: ignore[arg-type, no-any-return]
-    except TypeError:
-        raise InvalidRequest("path", "a path as str", shown(path)) from None
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str):
+        raise InvalidRequest("path", "a path as str", shown(path))
+    return path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import attr
 
 
@@ -27,6 +25,6 @@ class Counters:
     scale_downs: int = 0
     scale_errors: int = 0
 
-    def as_dict(self) -> Dict[str, float]:
+    def as_dict(self) -> dict[str, float]:
         """Times as whole milliseconds."""
         return {name: round(value) for name, value in attr.asdict(self).items()}

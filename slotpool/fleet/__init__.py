@@ -6,7 +6,8 @@ Nomad job is to be a third.
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Protocol, Sequence
+from collections.abc import Sequence
+from typing import Callable, Protocol
 
 import attr
 
@@ -21,7 +22,7 @@ class Member:
     id: str
     index: int
     address: str
-    token: Optional[str] = attr.ib(repr=False)
+    token: str | None = attr.ib(repr=False)
 
 
 class Fleet(Protocol):
@@ -42,7 +43,7 @@ class Fleet(Protocol):
     def replace(self, member: Member) -> None:
         """End a container that does not answer; the next :meth:`scale` makes another."""
 
-    def failure(self) -> Optional[Exception]:
+    def failure(self) -> Exception | None:
         """Why containers could not be started lately; None if they could."""
 
     def describe(self) -> str:

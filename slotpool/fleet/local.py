@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable
 
 from ..errors import IsolationUnavailable, StartFailed
 from . import Member
@@ -30,12 +31,12 @@ class _Server:
     def __init__(self, index: int, settings: Mapping[str, Any], on_change: Callable[[_Server], None]) -> None:
         self.index = index
         self.id = f"local-{os.getpid()}-{index}-{secrets.token_hex(3)}"
-        self.member: Optional[Member] = None  # once it is ready
-        self.failure: Optional[Exception] = None  # once it has ended without having been ready
+        self.member: Member | None = None  # once it is ready
+        self.failure: Exception | None = None  # once it has ended without having been ready
         self.ended = False
         self._token = secrets.token_urlsafe(24)
         self._on_change = on_change
-        self._said: Deque[str] = deque(maxlen=20)
+        self._said: deque[str] = deque(maxlen=20)
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slotpool.sandbox"],
@@ -65,7 +66,9 @@ class _Server:
         self.ended = True
         if self.member is None and self.failure is None:
             last = "\n".join(self._said) or "nothing"
-            self.failure = StartFailed(f"the server on this machine ended with exit code {code} before it was ready; it said:\n{last}")
+            self.failure = StartFailed(
+                f"the server on this machine ended with exit code {code} before it was ready; it said:\n{last}"
+            )
         self._on_change(self)
 
     def _hear(self, line: str) -> None:
@@ -115,10 +118,10 @@ class LocalFleet:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
         self._lock = threading.Lock()  # guards the fields below
-        self._servers: Dict[int, _Server] = {}  # by index
-        self._ending: List[_Server] = []
+        self._servers: dict[int, _Server] = {}  # by index
+        self._ending: list[_Server] = []
         self._failures = 0  # servers in a row that ended before they were ready
-        self._failure: Optional[Exception] = None  # of the last of them
+        self._failure: Exception | None = None  # of the last of them
         self._not_before = 0.0
         self._stopped = False
         self._scaling = threading.Lock()  # lets one scaling run at a time, as starting a process takes a moment
@@ -132,7 +135,7 @@ class LocalFleet:
             found = [server.member for _, server in sorted(self._servers.items())]
         return [member for member in found if member is not None]
 
-    def failure(self) -> Optional[Exception]:
+    def failure(self) -> Exception | None:
         with self._lock:
             return self._failure
 
@@ -193,12 +196,11 @@ class LocalFleet:
         server.kill()
 
     def stop(self, purge: bool) -> None:
-        with self._scaling:
-            with self._lock:
-                self._stopped = True
-                servers = [*self._servers.values(), *self._ending]
-                self._servers.clear()
-                self._ending = []
+        with self._scaling, self._lock:
+            self._stopped = True
+            servers = [*self._servers.values(), *self._ending]
+            self._servers.clear()
+            self._ending = []
         for server in servers:
             server.ask_to_end()
         for server in servers:

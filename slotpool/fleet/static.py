@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from collections.abc import Sequence
+from typing import Callable
 
 from . import Member
 
@@ -10,7 +11,7 @@ from . import Member
 class StaticFleet:
     """Those servers, no more and no fewer."""
 
-    def __init__(self, addresses: Sequence[str], token: Optional[str]) -> None:
+    def __init__(self, addresses: Sequence[str], token: str | None) -> None:
         self._members = [Member(address, i, address, token) for i, address in enumerate(addresses)]
 
     def start(self, on_change: Callable[[], None]) -> None:
@@ -25,7 +26,7 @@ class StaticFleet:
     def replace(self, member: Member) -> None:
         pass  # somebody else's; it may come back
 
-    def failure(self) -> Optional[Exception]:
+    def failure(self) -> Exception | None:
         return None
 
     def describe(self) -> str:

@@ -11,7 +11,8 @@ import logging
 import sys
 
 from ..errors import SlotPoolError
-from .serve import HostConfig, ServeConfig, serve
+from .host import HostConfig
+from .serve import ServeConfig, serve
 
 
 def main() -> None:

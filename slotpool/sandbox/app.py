@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import urllib.parse
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable
 
 from . import protocol
 from .host import Answer, Host
@@ -42,7 +43,7 @@ MAX_BATCH = 1_000  # calls, and leases
 class Response:
     """A WSGI response body; ``afterwards`` is called when it has been sent."""
 
-    def __init__(self, status: int, body: bytes, content_type: str, afterwards: Optional[Callable[[], None]] = None) -> None:
+    def __init__(self, status: int, body: bytes, content_type: str, afterwards: Callable[[], None] | None = None) -> None:
         self.status = f"{status} {_REASONS[status]}"
         self.headers = [("Content-Length", str(len(body)))]
         if status != 204:
@@ -58,7 +59,7 @@ class Response:
             self._afterwards()
 
 
-def _json(status: int, value: object, afterwards: Optional[Callable[[], None]] = None) -> Response:
+def _json(status: int, value: object, afterwards: Callable[[], None] | None = None) -> Response:
     # Lone surrogates can come in with a path that is not UTF-8; JSON carries them escaped.
     return Response(status, json.dumps(value).encode(), "application/json", afterwards)
 
@@ -69,17 +70,17 @@ class App:
     :param token: what every request must carry, or None to ask for nothing.
     """
 
-    def __init__(self, host: Host, token: Optional[str]) -> None:
+    def __init__(self, host: Host, token: str | None) -> None:
         self._host = host
         self._token = token.encode() if token is not None else None
-        self._fixed: Dict[str, Dict[str, Callable[[WSGIEnvironment], Response]]] = {
+        self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
             "/health": {"GET": self._health},
             "/v1/slots": {"GET": self._slots},
             "/v1/leases": {"POST": self._lease},
             "/v1/leases/renew": {"POST": self._renew},
             "/v1/batch": {"POST": self._batch},
         }
-        self._of_slot: Dict[str, Dict[str, Callable[[WSGIEnvironment, str, str], Response]]] = {
+        self._of_slot: dict[str, dict[str, Callable[[WSGIEnvironment, str, str], Response]]] = {
             "execute": {"POST": self._execute},
             "cancel": {"POST": self._cancel},
             "reset": {"POST": self._reset},
@@ -178,13 +179,13 @@ class App:
         return Response(204, b"", "")
 
 
-def _of_method(methods: Dict[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
+def _of_method(methods: dict[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
     if method not in methods:
         raise RequestFailed("method_not_allowed", f"expected {' or '.join(methods)}, got {method}")
     return methods[method]
 
 
-def _answered(answer: Answer) -> Dict[str, Any]:
+def _answered(answer: Answer) -> dict[str, Any]:
     if answer is None:
         return {"running": True}
     if isinstance(answer, RequestFailed):
@@ -203,7 +204,7 @@ def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
     return body
 
 
-def _object(environ: WSGIEnvironment, *fields: str) -> Dict[str, Any]:
+def _object(environ: WSGIEnvironment, *fields: str) -> dict[str, Any]:
     """The request's JSON object, with no fields but these."""
     text = _body(environ, protocol.MAX_JSON, "body")
     try:
@@ -218,35 +219,35 @@ def _object(environ: WSGIEnvironment, *fields: str) -> Dict[str, Any]:
     return value
 
 
-def _string(body: Dict[str, Any], name: str) -> str:
+def _string(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value or len(value) > 1000 or not value.isprintable():
         raise protocol.invalid(name, "a printable string of 1 to 1000 characters", value)
     return value
 
 
-def _strings(body: Dict[str, Any], name: str) -> Sequence[str]:
+def _strings(body: dict[str, Any], name: str) -> Sequence[str]:
     value = body.get(name, [])
     if not isinstance(value, list) or len(value) > 10 * MAX_BATCH or not all(isinstance(one, str) for one in value):
         raise protocol.invalid(name, "a list of strings", value)
     return value
 
 
-def _number(body: Dict[str, Any], name: str, low: float, high: float) -> float:
+def _number(body: dict[str, Any], name: str, low: float, high: float) -> float:
     value = body.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
         raise protocol.invalid(name, f"a number of seconds from {low:g} to {high:g}", value)
     return float(value)
 
 
-def _count(body: Dict[str, Any], name: str) -> int:
+def _count(body: dict[str, Any], name: str) -> int:
     value = body.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BATCH:
         raise protocol.invalid(name, f"an integer from 0 to {MAX_BATCH}", value)
     return value
 
 
-def _call(body: Dict[str, Any], slot: str, lease: str) -> protocol.CallRequest:
+def _call(body: dict[str, Any], slot: str, lease: str) -> protocol.CallRequest:
     return {
         "slot": slot,
         "lease": lease,
@@ -259,7 +260,7 @@ def _call(body: Dict[str, Any], slot: str, lease: str) -> protocol.CallRequest:
 
 def _path(environ: WSGIEnvironment) -> str:
     """The query's one field; percent-encoded bytes, as paths need not be UTF-8."""
-    fields: List[Tuple[str, str]] = urllib.parse.parse_qsl(
+    fields: list[tuple[str, str]] = urllib.parse.parse_qsl(
         environ.get("QUERY_STRING", ""), keep_blank_values=True, errors="surrogateescape"
     )
     if [name for name, _ in fields] != ["path"]:

@@ -8,7 +8,8 @@ import select
 import struct
 import termios
 import time
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Callable
 
 import attr
 
@@ -46,17 +47,17 @@ class Output:
     def truncated(self) -> bool:
         return self.omitted > 0
 
-    def bytes(self) -> bytes:
+    def kept(self) -> bytes:
         """What was kept."""
         return bytes(self._head) + self._tail
 
     def ends_with(self, suffix: bytes) -> bool:
-        return not self.truncated and self.bytes().endswith(suffix)
+        return not self.truncated and self.kept().endswith(suffix)
 
     def text(self) -> str:
         """What was kept, as UTF-8; a line in between says how much was left out. Other bytes become U+FFFD."""
         if not self.truncated:
-            return self.bytes().decode("utf-8", "replace")
+            return self.kept().decode("utf-8", "replace")
         head = bytes(self._head[: _whole_characters(self._head)]).decode("utf-8", "replace")
         start = 0
         while start < min(3, len(self._tail)) and self._tail[start] & 0xC0 == 0x80:
@@ -82,7 +83,7 @@ class Outcome:
 
     stdout: Output
     stderr: Output
-    status: Optional[int] = None  # as waitpid gives it; None if the zygote was lost before it could tell
+    status: int | None = None  # as waitpid gives it; None if the zygote was lost before it could tell
     timed_out: bool = False
     cancelled: bool = False
     duration: float = 0.0  # seconds
@@ -117,7 +118,7 @@ class Driver:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._poll = select.poll()
-        self._handles: Dict[int, Tuple[Job, str]] = {}
+        self._handles: dict[int, tuple[Job, str]] = {}
         self._open = set(jobs)
         for job in jobs:
             call = job.call

@@ -15,9 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
 
 from ..errors import SandboxStartFailed
 from . import nursery, zygote
@@ -36,7 +35,9 @@ class NurseryProcess:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with near, far:
             package_root = str(Path(__file__).resolve().parents[2])
-            bootstrap = "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
+            bootstrap = (
+                "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
+            )
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory],
                 stdin=subprocess.DEVNULL,
@@ -87,11 +88,12 @@ class Cell:
         self.order = order
         self._control = control
         self._lifeline = lifeline
-        self._lock = threading.Lock()  # guards _armed and _destroyed, and that the sockets aren't closed while in use
-        self._armed: List[Call] = []
+        self._lock = threading.Lock()  # guards _armed, _arming and _destroyed, and that the sockets aren't closed while in use
+        self._armed: list[Call] = []
+        self._arming = 0
         self._destroyed = False
         self._ending = threading.Lock()  # guards _dead, so that of several who destroy it each learns how that went
-        self._dead: Optional[bool] = None
+        self._dead: bool | None = None
 
     def wait_ready(self) -> None:
         self._control.settimeout(START_LIMIT)
@@ -113,32 +115,38 @@ class Cell:
         """See that ``count`` shells are started and waiting for a script, so that :meth:`shell` needn't start one."""
         while True:
             with self._lock:
-                if self._destroyed or len(self._armed) >= count:
+                if self._destroyed or len(self._armed) + self._arming >= count:
                     return
-            call = self._new_shell(stdin=False)
-            with self._lock:
-                if not self._destroyed:
-                    self._armed.append(call)
-                    continue
-            call.close()
-
-    def shell(self, script: bytes, stdin: Optional[bytes]) -> Call:
-        """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
-        call = None
-        while stdin is None and call is None:
-            with self._lock:
-                if not self._armed:
-                    break
-                call = self._armed.pop(0)
-            if call.has_ended():  # what the slot ran before has killed it
+                self._arming += 1
+            call = None
+            try:
+                call = self._new_shell(stdin=False)
+            finally:
+                with self._lock:
+                    self._arming -= 1
+                    kept = call is not None and not self._destroyed
+                    if call is not None and kept:
+                        self._armed.append(call)
+            if not kept:
                 call.close()
-                call = None
-        if call is None:
-            call = self._new_shell(stdin=stdin is not None)
+
+    def shell(self, script: bytes, stdin: bytes | None) -> Call:
+        """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
+        call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
         call.set_feed("script", script)
         if stdin is not None:
             call.set_feed("stdin", stdin)
         return call
+
+    def _take_armed(self) -> Call | None:
+        while True:
+            with self._lock:
+                if not self._armed:
+                    return None
+                call = self._armed.pop(0)
+            if not call.has_ended():
+                return call
+            call.close()  # what the slot ran before has killed it
 
     def _new_shell(self, stdin: bool) -> Call:
         return Call(self, {"op": "shell"}, feeds=("script", "stdin") if stdin else ("script",))
@@ -151,7 +159,7 @@ class Cell:
         call.set_feed("stdin", content)
         return call
 
-    def send(self, order: Dict[str, object], fds: Sequence[int]) -> None:
+    def send(self, order: dict[str, object], fds: Sequence[int]) -> None:
         with self._lock:
             if self._destroyed:
                 raise OSError(errno.EPIPE, "the sandbox is gone")
@@ -185,7 +193,7 @@ class Cell:
 class Feed:
     """Bytes on their way into a call's pipe."""
 
-    __slots__ = ("name", "fd", "rest")
+    __slots__ = ("fd", "name", "rest")
 
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
@@ -196,7 +204,7 @@ class Feed:
 class Call:
     """One process in a cell, and the near ends of its pipes. Used by one thread, but :meth:`kill` and :meth:`cancel`."""
 
-    def __init__(self, cell: Cell, order: Dict[str, object], feeds: Sequence[str]) -> None:
+    def __init__(self, cell: Cell, order: dict[str, object], feeds: Sequence[str]) -> None:
         """Start it.
 
         :raises OSError: if the sandbox is gone or does not take orders.
@@ -205,12 +213,12 @@ class Call:
         self._closed = False
         self._cancelled = False
         self.cell = cell
-        self.feeds: List[Feed] = []
+        self.feeds: list[Feed] = []
         with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
             self.sock, far_sock = socket.socketpair()
             near.callback(self.sock.close)
             far.callback(far_sock.close)
-            pipes: Dict[str, int] = {}
+            pipes: dict[str, int] = {}
             for name in ("stdout", "stderr", *feeds):
                 ours, theirs = os.pipe()
                 if name in feeds:
@@ -256,7 +264,7 @@ class Call:
         poll.register(self.sock, select.POLLIN)
         return bool(poll.poll(0))
 
-    def read_status(self) -> Optional[int]:
+    def read_status(self) -> int | None:
         """The wait status; None if the zygote has gone without telling it."""
         try:
             told = self.sock.recv(zygote.STATUS.size)

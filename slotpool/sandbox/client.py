@@ -7,8 +7,8 @@ import logging
 import secrets
 import time
 import urllib.parse
-
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, TypeVar
 
 from ..errors import ContainerLost, ContainerRefused, SlotPoolError
 from . import protocol
@@ -35,21 +35,21 @@ class SandboxClient:
     :param connections: how many to keep open.
     """
 
-    def __init__(self, address: str, token: Optional[str] = None, connections: int = 10) -> None:
+    def __init__(self, address: str, token: str | None = None, connections: int = 10) -> None:
         self.address = address
         self._http = Transport(address, token, connections)
 
     def close(self) -> None:
         self._http.close()
 
-    def health(self, timeout: float = _SLACK) -> Dict[str, Any]:
+    def health(self, timeout: float = _SLACK) -> dict[str, Any]:
         """``GET /health``. Safe to repeat.
 
         :raises ContainerLost: if there is no answer.
         """
         return self._dict(self._repeat(lambda: self._http.json("GET", "/health", None, timeout)))
 
-    def slots(self) -> List[Dict[str, str]]:
+    def slots(self) -> list[dict[str, str]]:
         """``GET /v1/slots``. Safe to repeat."""
         found = self._dict(self._repeat(lambda: self._http.json("GET", "/v1/slots", None, _SLACK)))["slots"]
         return list(found)
@@ -59,10 +59,12 @@ class SandboxClient:
         whose grant is lost on the way end by themselves after ``ttl`` seconds.
         """
         body = {"owner": owner, "ttl": ttl, "take": take, "release": list(release), "wait": wait}
-        answer: Any = self._dict(self._repeat(lambda: self._http.json("POST", "/v1/leases", body, wait + _SLACK), once_sent=False))
+        answer: Any = self._dict(
+            self._repeat(lambda: self._http.json("POST", "/v1/leases", body, wait + _SLACK), once_sent=False)
+        )
         return answer  # type: ignore[no-any-return]
 
-    def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> List[str]:
+    def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> list[str]:
         """``POST /v1/leases/renew``; the tokens that aren't held any more. Not repeated."""
         try:
             answer = self._http.json("POST", "/v1/leases/renew", {"tokens": list(tokens)}, timeout)
@@ -77,7 +79,7 @@ class SandboxClient:
         tool: str,
         args: Mapping[str, Any],
         timeout: float,
-        execution_id: Optional[str] = None,
+        execution_id: str | None = None,
     ) -> Result:
         """Run a tool, at most once, and wait for its result.
 
@@ -93,7 +95,7 @@ class SandboxClient:
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
         deadline = time.monotonic() + timeout + _ENDING + _SLACK
 
-        def ask() -> Tuple[int, Any]:
+        def ask() -> tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
             return self._http.json("POST", path, {**call, "wait": wait}, wait + _SLACK, headers)
 
@@ -109,15 +111,15 @@ class SandboxClient:
             self.cancel_quietly(slot, lease, execution_id)
             raise
 
-    def batch(self, calls: Sequence[CallRequest]) -> List[object]:
+    def batch(self, calls: Sequence[CallRequest]) -> list[object]:
         """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
         exception that :meth:`execute` would have raised.
         """
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
-        found: List[object] = [None] * len(calls)
-        open_: List[int] = list(range(len(calls)))
+        found: list[object] = [None] * len(calls)
+        open_: list[int] = list(range(len(calls)))
 
-        def ask() -> Tuple[int, Any]:
+        def ask() -> tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
             return self._http.json("POST", "/v1/batch", {"calls": [calls[i] for i in open_], "wait": wait}, wait + _SLACK)
 
@@ -151,7 +153,7 @@ class SandboxClient:
         except (NotSent, Broken) as e:
             log.warning("could not cancel execution %s in %s of %s: %s", execution_id, slot, self.address, e)
 
-    def reset(self, slot: str, lease: str, network: Optional[bool] = None) -> bool:
+    def reset(self, slot: str, lease: str, network: bool | None = None) -> bool:
         """Empty the slot and kill its processes, keeping the lease; whether it has network. Safe to repeat."""
         path, headers = f"/v1/slots/{slot}/reset", {LEASE_HEADER: lease}
         answer = self._repeat(lambda: self._http.json("POST", path, {"network": network}, 3 * _SLACK, headers))
@@ -182,7 +184,7 @@ class SandboxClient:
         if status != 204:
             raise self._refused(status, answer, repeated)
 
-    def _repeat(self, ask: Callable[[], Tuple[int, T]], once_sent: bool = True) -> Tuple[int, T, bool]:
+    def _repeat(self, ask: Callable[[], tuple[int, T]], once_sent: bool = True) -> tuple[int, T, bool]:
         """Ask until there is an answer; the answer, and whether an earlier try may have reached the server.
 
         :param once_sent: also ask again after a try that may have reached it.
@@ -207,12 +209,14 @@ class SandboxClient:
     def _lost(self, why: str, may_have_run: bool) -> ContainerLost:
         return ContainerLost(f"no answer from the container at {self.address}: {why}", may_have_run)
 
-    def _dict(self, answer: Tuple[int, Any, bool]) -> Dict[str, Any]:
+    def _dict(self, answer: tuple[int, Any, bool]) -> dict[str, Any]:
         status, body, repeated = answer
         if status != 200:
             raise protocol.to_exception(status, body, repeated)
         if not isinstance(body, dict):
-            raise ContainerRefused(f"{self.address} answered with something else than a JSON object; is it a sandbox server?", True)
+            raise ContainerRefused(
+                f"{self.address} answered with something else than a JSON object; is it a sandbox server?", True
+            )
         return body
 
     @staticmethod

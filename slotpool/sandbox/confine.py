@@ -8,7 +8,7 @@ import resource
 import select
 import signal
 import time
-from typing import Dict, List, NoReturn, Optional, TypedDict
+from typing import NoReturn, TypedDict
 
 from . import landlock, linux, trees
 
@@ -26,27 +26,27 @@ _NAMESPACES = (
 class Landlock(TypedDict):
     """The arguments of :func:`slotpool.sandbox.landlock.restrict`."""
 
-    read: List[str]
-    write: List[str]
-    scratch: List[str]
-    devices: List[str]
+    read: list[str]
+    write: list[str]
+    scratch: list[str]
+    devices: list[str]
 
 
 class Order(TypedDict):
     """What a sandbox shall be: the server's order to the nursery."""
 
     mode: str
-    bwrap: List[str]  # mode bwrap: bubblewrap's command line, up to the payload
+    bwrap: list[str]  # mode bwrap: bubblewrap's command line, up to the payload
     uid: int  # the user that the sandbox's processes have, seen from outside
     gid: int
     inner_uid: int  # and seen from inside; another one in mode bwrap only
     inner_gid: int
     workspace: str  # the working directory, seen from inside
-    env: Dict[str, str]
+    env: dict[str, str]
     umask: int
-    limits: Dict[str, int]  # by the names of resource.RLIMIT_*
-    landlock: Optional[Landlock]
-    scratch: List[str]  # mode user: shared directories to clear of the user's files at the end
+    limits: dict[str, int]  # by the names of resource.RLIMIT_*
+    landlock: Landlock | None
+    scratch: list[str]  # mode user: shared directories to clear of the user's files at the end
 
 
 def become_user(uid: int, gid: int) -> None:
@@ -135,7 +135,7 @@ def _forbid_user_namespaces() -> None:
         pass
 
 
-def clear_user(uid: int, gid: int, scratch: List[str]) -> bool:
+def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
     """Become ``uid``, kill all its other processes, remove its files in ``scratch``; whether nothing is left."""
     become_user(uid, gid)
     os.kill(-1, signal.SIGKILL)  # all at once: a process that has this signal pending can't fork

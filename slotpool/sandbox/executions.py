@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable
 
 import attr
 
@@ -19,12 +19,12 @@ _CANCELLED = ("cancelled",)  # the request of an execution that was cancelled be
 class Execution:
     """One execution. ``result`` or ``failure`` is set before ``done``; both stay None if the result is no longer kept."""
 
-    request: Tuple[object, ...]
+    request: tuple[object, ...]
     done: threading.Event = attr.ib(factory=threading.Event)
-    cancel: Optional[Callable[[], None]] = None
+    cancel: Callable[[], None] | None = None
     cancel_requested: bool = False
-    result: Optional[Result] = None
-    failure: Optional[RequestFailed] = None
+    result: Result | None = None
+    failure: RequestFailed | None = None
 
     def answer(self) -> Result:
         """What came of it; call it once ``done`` is set.
@@ -46,7 +46,7 @@ class Executions:
         self._known: OrderedDict[str, Execution] = OrderedDict()
         self._finished: OrderedDict[str, Execution] = OrderedDict()
 
-    def begin(self, execution_id: str, request: Tuple[object, ...]) -> Tuple[Execution, bool]:
+    def begin(self, execution_id: str, request: tuple[object, ...]) -> tuple[Execution, bool]:
         """The execution of that id, and whether it is new, so that the caller must run it.
 
         :raises RequestFailed: if that id was used for another request.
@@ -102,7 +102,7 @@ class Executions:
             cancel()
         return True
 
-    def pending(self) -> Dict[str, Execution]:
+    def pending(self) -> dict[str, Execution]:
         """Those that have not ended."""
         with self._lock:
             return {key: one for key, one in self._known.items() if not one.done.is_set()}

@@ -10,8 +10,9 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Union
 
 import attr
 
@@ -46,8 +47,8 @@ class HostConfig:
     max_output: int = 50_000  # bytes kept of each stream
     max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
     max_processes: int = 1024  # for each slot
-    readonly_paths: Tuple[str, ...] = ()
-    state_dir: Optional[str] = None
+    readonly_paths: tuple[str, ...] = ()
+    state_dir: str | None = None
 
 
 class Tenancy:
@@ -72,7 +73,7 @@ class Host:
         self.config = config
         self.boot_id = secrets.token_hex(8)
         self._serial = itertools.count()
-        self._users: Optional[UserBlock] = None
+        self._users: UserBlock | None = None
         self._state = StateDirectory(config.state_dir)
         self.socket_path = os.path.join(self._state.path, "http.sock")
         self._slots_dir = os.path.join(self._state.path, "slots")
@@ -91,7 +92,7 @@ class Host:
         names = [f"slot_{i}" for i in range(config.slots)]
         self._changed = threading.Condition()  # guards _table, _tenancies and _closing; signalled when a slot becomes free
         self._table = LeaseTable(names)
-        self._tenancies: Dict[str, Tenancy] = {}
+        self._tenancies: dict[str, Tenancy] = {}
         self._closing = False
         self.warmer = Warmer()
         self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
@@ -172,7 +173,7 @@ class Host:
 
     # Leases
 
-    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> List[protocol.Lease]:
+    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> list[protocol.Lease]:
         """Give back, then take; see the protocol's ``POST /v1/leases``."""
         deadline = time.monotonic() + wait
         with self._changed:
@@ -207,7 +208,7 @@ class Host:
         for slot in slots:
             self._cleaners.submit(self._make_ready, slot)
 
-    def renew(self, tokens: Sequence[str]) -> List[str]:
+    def renew(self, tokens: Sequence[str]) -> list[str]:
         """Renew leases; the tokens that aren't held."""
         with self._changed:
             return self._table.renew(tokens, time.monotonic())
@@ -242,7 +243,7 @@ class Host:
         with self._changed:
             return self._table.check(slot, token, time.monotonic()) is not None
 
-    def reset(self, slot: str, token: str, network: Optional[bool]) -> bool:
+    def reset(self, slot: str, token: str, network: bool | None) -> bool:
         """Empty the slot and kill its processes; whether it has network now."""
         old = self._tenancy(slot, token)
         if network is None:
@@ -266,7 +267,7 @@ class Host:
 
     # Executions
 
-    def execute(self, calls: Sequence[CallRequest], wait: float) -> Tuple[List[Answer], Callable[[], None]]:
+    def execute(self, calls: Sequence[CallRequest], wait: float) -> tuple[list[Answer], Callable[[], None]]:
         """Run or join executions side by side, for up to ``wait`` seconds.
 
         :return: for each its result, the :class:`RequestFailed` it failed with, or None if it still runs; and what to do
@@ -290,12 +291,12 @@ class Host:
         return self._tenancy(slot, token).executions.cancel(execution_id)
 
     def read_file(self, slot: str, token: str, path: str) -> bytes:
-        return self._use("read_file", slot, token, {"path": path}).stdout.bytes()
+        return self._use("read_file", slot, token, {"path": path}).stdout.kept()
 
     def write_file(self, slot: str, token: str, path: str, content: bytes) -> None:
         self._use("write_file", slot, token, {"path": path, "content": content})
 
-    def _use(self, name: str, slot: str, token: str, args: Dict[str, Any]) -> Outcome:
+    def _use(self, name: str, slot: str, token: str, args: dict[str, Any]) -> Outcome:
         """Use a file tool outside of executions, as repeating it does no harm."""
         tenancy = self._tenancy(slot, token)
         tool = tools.parse(name, args, self.setting(tenancy))
@@ -346,7 +347,7 @@ class Host:
 
     # The server as a whole
 
-    def health(self) -> Dict[str, Any]:
+    def health(self) -> dict[str, Any]:
         with self._changed:
             counts = self._table.counts()
         return {
@@ -359,7 +360,7 @@ class Host:
             "counts": counts,
         }
 
-    def describe_slots(self) -> List[Dict[str, str]]:
+    def describe_slots(self) -> list[dict[str, str]]:
         with self._changed:
             return self._table.describe()
 
@@ -398,9 +399,9 @@ class _Run:
     def __init__(self, host: Host, call: CallRequest) -> None:
         self._host = host
         self._call = call
-        self.job: Optional[Job] = None
-        self._failure: Optional[RequestFailed] = None
-        self._execution: Optional[Execution] = None
+        self.job: Job | None = None
+        self._failure: RequestFailed | None = None
+        self._execution: Execution | None = None
         try:
             self._begin()
         except RequestFailed as e:
@@ -423,7 +424,8 @@ class _Run:
         tenancy.executions.started(self._execution, self.job.call.cancel)
 
     def _finish(self) -> None:
-        assert self.job is not None and self._execution is not None
+        assert self.job is not None
+        assert self._execution is not None
         try:
             restarted = self._host.check(self.job, self._tenancy, self._call["slot"], self._call["lease"])
             self._execution.result = self._result(self.job.outcome, restarted)

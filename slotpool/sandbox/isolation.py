@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from typing import Callable, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import Callable
 
 import attr
 
@@ -73,7 +74,7 @@ class Isolation:
         """What a lease gets that doesn't ask: no network, where that can be had."""
         return self.mode != "bwrap"
 
-    def refuses_network(self, network: bool) -> Optional[str]:
+    def refuses_network(self, network: bool) -> str | None:
         """Why ``network`` can't be had in this mode, if so."""
         if self.mode == "bwrap" or network:
             return None
@@ -113,7 +114,7 @@ class Isolation:
             "scratch": list(_SCRATCH) if self.mode == "user" else [],
         }
 
-    def _bwrap(self, place: Place) -> List[str]:
+    def _bwrap(self, place: Place) -> list[str]:
         args = [shutil.which("bwrap") or "bwrap"]
         args += "--unshare-user --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()
         args += ["--die-with-parent", "--hostname", "slot", "--uid", str(INNER_UID), "--gid", str(INNER_UID)]
@@ -128,7 +129,7 @@ class Isolation:
         args += "--proc /proc --dev /dev --perms 1777 --tmpfs /tmp --perms 1777 --tmpfs /var/tmp --dir /run".split()
         for path in self.readonly_paths:
             args += ["--ro-bind", path, path]
-        return args + ["--bind", place.workspace, INNER_WORKSPACE, "--remount-ro", "/", "--chdir", INNER_WORKSPACE]
+        return [*args, "--bind", place.workspace, INNER_WORKSPACE, "--remount-ro", "/", "--chdir", INNER_WORKSPACE]
 
     def _landlock(self, place: Place) -> Landlock:
         etc = [f"/etc/{name}" for name in (*_ETC, "passwd", "group")]
@@ -168,7 +169,7 @@ def write_etc(directory: str) -> None:
             f.write(text)
 
 
-def _unreadable(directory: str, names: List[str]) -> List[str]:
+def _unreadable(directory: str, names: list[str]) -> list[str]:
     """Leave out what is not for everybody to read: private keys below /etc/ssl, say. Their directories are 0700."""
 
     def is_private(name: str) -> bool:
@@ -178,7 +179,9 @@ def _unreadable(directory: str, names: List[str]) -> List[str]:
     return [name for name in names if is_private(name)]
 
 
-def choose(requested: str, try_out: Callable[[Isolation], None], max_processes: int, readonly_paths: Sequence[str]) -> Isolation:
+def choose(
+    requested: str, try_out: Callable[[Isolation], None], max_processes: int, readonly_paths: Sequence[str]
+) -> Isolation:
     """The isolation to use.
 
     :param requested: a mode, or ``auto`` for the strongest that works; ``auto`` never means ``none``.
@@ -186,7 +189,7 @@ def choose(requested: str, try_out: Callable[[Isolation], None], max_processes: 
     :raises IsolationUnavailable: if none of them works, with the reasons and what to install.
     """
     root = os.geteuid() == 0
-    reasons: Dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for mode in ("bwrap", "user") if requested == "auto" else (requested,):
         if mode == "bwrap" and shutil.which("bwrap") is None:
             reasons[mode] = "bubblewrap is not installed"

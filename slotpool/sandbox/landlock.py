@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-from typing import Iterable
+from collections.abc import Iterable
 
 from . import linux
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hmac
 import secrets
-from typing import Dict, Iterable, List, Optional
+from collections.abc import Iterable
 
 import attr
 
@@ -33,7 +33,7 @@ class Lease:
 @attr.s(slots=True, auto_attribs=True, eq=False)
 class _Row:
     state: State = State.PREPARING
-    lease: Optional[Lease] = None
+    lease: Lease | None = None
     why: str = ""
 
 
@@ -44,15 +44,15 @@ class LeaseTable:
     """
 
     def __init__(self, slots: Iterable[str]) -> None:
-        self._rows: Dict[str, _Row] = {slot: _Row() for slot in slots}
-        self._by_token: Dict[str, Lease] = {}
+        self._rows: dict[str, _Row] = {slot: _Row() for slot in slots}
+        self._by_token: dict[str, Lease] = {}
 
     def __contains__(self, slot: object) -> bool:
         return slot in self._rows
 
-    def take(self, owner: str, count: int, ttl: float, now: float) -> List[Lease]:
+    def take(self, owner: str, count: int, ttl: float, now: float) -> list[Lease]:
         """Lease up to ``count`` free slots, the first in order."""
-        taken = []
+        taken: list[Lease] = []
         for slot, row in self._rows.items():
             if len(taken) == count:
                 break
@@ -63,7 +63,7 @@ class LeaseTable:
                 taken.append(row.lease)
         return taken
 
-    def check(self, slot: str, token: str, now: float) -> Optional[Lease]:
+    def check(self, slot: str, token: str, now: float) -> Lease | None:
         """The lease of ``slot``, renewed, if ``token`` is its token; else None, and nothing has changed."""
         row = self._rows.get(slot)
         if row is None or row.lease is None or not hmac.compare_digest(row.lease.token.encode(), token.encode()):
@@ -73,7 +73,7 @@ class LeaseTable:
         row.lease.expires = now + row.lease.ttl
         return row.lease
 
-    def renew(self, tokens: Iterable[str], now: float) -> List[str]:
+    def renew(self, tokens: Iterable[str], now: float) -> list[str]:
         """Renew those leases; the tokens among them that aren't held."""
         lost = []
         for token in tokens:
@@ -82,15 +82,15 @@ class LeaseTable:
                 lost.append(token)
         return lost
 
-    def release(self, tokens: Iterable[str]) -> List[str]:
+    def release(self, tokens: Iterable[str]) -> list[str]:
         """End those leases; the slots to be cleaned. Tokens that aren't held are passed over."""
         return [self._end(lease) for lease in (self._by_token.get(token) for token in tokens) if lease is not None]
 
-    def expire(self, now: float) -> List[str]:
+    def expire(self, now: float) -> list[str]:
         """End the leases whose time is up; the slots to be cleaned."""
         return [self._end(lease) for lease in list(self._by_token.values()) if lease.expires <= now]
 
-    def next_expiry(self) -> Optional[float]:
+    def next_expiry(self) -> float | None:
         """When the next lease expires, if nothing renews it; None if there is none."""
         return min((lease.expires for lease in self._by_token.values()), default=None)
 
@@ -112,14 +112,14 @@ class LeaseTable:
         assert row.state is State.PREPARING, row.state
         row.state, row.why = State.QUARANTINED, why
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many slots are in each state."""
         found = {state.value: 0 for state in State}
         for row in self._rows.values():
             found[row.state.value] += 1
         return found
 
-    def describe(self) -> List[Dict[str, str]]:
+    def describe(self) -> list[dict[str, str]]:
         """Each slot's id, state, owner and, if it is quarantined, why."""
         return [
             {

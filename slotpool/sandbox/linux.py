@@ -10,6 +10,7 @@ import array
 import ctypes
 import os
 import socket
+from typing import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -102,7 +103,7 @@ def drop_capabilities() -> None:
 
 def remove_ipc_objects(uid: int) -> None:
     """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns."""
-    removers = {
+    removers: dict[str, Callable[[int], int]] = {
         "shm": lambda ident: _libc.shmctl(ident, _IPC_RMID, None),
         "sem": lambda ident: _libc.semctl(ident, 0, _IPC_RMID),
         "msg": lambda ident: _libc.msgctl(ident, _IPC_RMID, None),
@@ -124,7 +125,7 @@ def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]
 
     ``socket.recv_fds`` leaves them open, as it ignores its flags.
     """
-    held = array.array("i")
+    held: array.array[int] = array.array("i")
     message, control, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(fds * held.itemsize), socket.MSG_CMSG_CLOEXEC)
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

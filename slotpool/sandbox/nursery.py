@@ -81,7 +81,9 @@ class Nursery:
                 return
             if pid == 0:
                 return
-            self.exited.pop(pid, lambda _: None)(status)
+            exited = self.exited.pop(pid, None)
+            if exited is not None:
+                exited(status)
 
     def _take_order(self) -> None:
         message, fds = linux.receive(self._control, 1 << 18, 2)
@@ -200,7 +202,7 @@ class PlainSandbox(Sandbox):
             # What a dead zygote left behind has become the nursery's; living ones keep theirs to themselves.
             strays = [pid for pid in zygote.children(nursery) if pid not in known and pid != os.getpid()]
             roots = strays + ([self._zygote] if self._zygote is not None else [])
-            return all([zygote.kill_tree(root) for root in roots])
+            return all(zygote.kill_tree(root) for root in roots)
 
         self.help_to_kill(act)
 

@@ -2,7 +2,8 @@
 
 JSON over HTTP/1.1, but for the content of files, which is raw. Every request but ``GET /health`` carries
 ``Authorization: Bearer TOKEN``, if the server has a token. A request about a slot carries the token of its lease in
-``Slotpool-Lease``; a lease that is not, or no longer, that slot's is refused and nothing changes. Every accepted one renews the lease.
+``Slotpool-Lease``; a lease that is not, or no longer, that slot's is refused and nothing changes. Every accepted one renews
+the lease.
 
 ``GET /health``
     200 ``{"status": "ok"}``; with the bearer token also ``version boot_id isolation network landlock slots counts`` (slots by
@@ -35,7 +36,8 @@ Errors are ``{"error": {"code", "message", ...}}`` with one of the statuses in :
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Type, TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from .. import errors
 
@@ -43,7 +45,7 @@ LEASE_HEADER = "Slotpool-Lease"
 MAX_JSON = 16 * 1024 * 1024  # bytes of a JSON request
 MAX_WAIT = 30.0  # seconds that one request may be held
 
-STATUS: Dict[str, int] = {
+STATUS: dict[str, int] = {
     "invalid_request": 400,
     "unauthorized": 401,
     "not_found": 404,
@@ -64,7 +66,7 @@ class Result(TypedDict):
     stdout: str
     stderr: str
     exit_code: int  # 128 + the signal's number if it was killed by one, as shells count
-    signal: Optional[int]
+    signal: int | None
     timed_out: bool
     cancelled: bool
     stdout_truncated: bool
@@ -110,7 +112,7 @@ def lease_lost(slot: str, may_have_run: bool = False) -> RequestFailed:
     return RequestFailed("lease_lost", f"{slot} is not, or no longer, held by this lease", may_have_run=may_have_run)
 
 
-_SLOT_ERRORS: Dict[str, Type[errors.SlotError]] = {
+_SLOT_ERRORS: dict[str, type[errors.SlotError]] = {
     "unauthorized": errors.ContainerRefused,
     "not_found": errors.ContainerRefused,
     "method_not_allowed": errors.ContainerRefused,
@@ -156,7 +158,7 @@ class Lease(TypedDict):
 
 class LeaseAnswer(TypedDict):
     boot_id: str
-    leases: List[Lease]
+    leases: list[Lease]
 
 
 class CallRequest(TypedDict):
@@ -166,5 +168,5 @@ class CallRequest(TypedDict):
     lease: str
     execution_id: str
     tool: str
-    args: Dict[str, Any]
+    args: dict[str, Any]
     timeout: float

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from typing import Callable, NoReturn, Optional
+from typing import Callable, NoReturn
 
 import attr
 import waitress
@@ -27,10 +27,10 @@ class ServeConfig:
     """Where a server listens, whom it lets in, and when it ends."""
 
     host: HostConfig = attr.ib(factory=HostConfig)
-    listen: Optional[str] = "127.0.0.1"  # address; None for a Unix socket, whose path is then Host.socket_path
+    listen: str | None = "127.0.0.1"  # address; None for a Unix socket, whose path is then Host.socket_path
     port: int = 8080  # 0 for any free one
-    token: Optional[str] = None
-    parent: Optional[int] = None  # a process to end with
+    token: str | None = None
+    parent: int | None = None  # a process to end with
 
 
 def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
@@ -71,13 +71,17 @@ def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) ->
         "send_bytes": 128,  # more than a head: head and body go out together, and wake the client once
     }
     if config.listen is None:
-        server = waitress.create_server(App(host, config.token), unix_socket=host.socket_path, unix_socket_perms="600", **settings)
+        server = waitress.create_server(
+            App(host, config.token), unix_socket=host.socket_path, unix_socket_perms="600", **settings
+        )
         address = f"unix://{host.socket_path}"
     else:
         server = waitress.create_server(App(host, config.token), host=config.listen, port=config.port, **settings)
         address = f"http://{_bracketed(config.listen)}:{server.effective_port}"
     if config.token is None:
-        log.warning("serving without a token: every process on this machine that reaches %s can run commands in the slots", address)
+        log.warning(
+            "serving without a token: every process on this machine that reaches %s can run commands in the slots", address
+        )
     log.info("serving %d slots, isolation %s, on %s", config.host.slots, host.isolation.mode, address)
     threading.Thread(target=_watch_nursery, args=(host,), name="slotpool-nursery", daemon=True).start()
     if config.parent is not None:

@@ -6,7 +6,6 @@ import fcntl
 import os
 import stat
 import tempfile
-from typing import Optional
 
 from ..errors import StartFailed
 from . import trees
@@ -21,7 +20,7 @@ class StateDirectory:
     server of the same user.
     """
 
-    def __init__(self, parent: Optional[str] = None) -> None:
+    def __init__(self, parent: str | None = None) -> None:
         # Slots of their own users must be able to pass through to their workspaces, but not to list what is there.
         mode = 0o711 if os.geteuid() == 0 else 0o700
         parent = parent or os.path.join(tempfile.gettempdir(), f"slotpool-{os.geteuid()}")

@@ -8,7 +8,8 @@ import os
 import posixpath
 import re
 import secrets
-from typing import Any, Dict, Mapping, Optional, Protocol, Type
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import attr
 
@@ -60,7 +61,9 @@ class Bash:
         _refuse_unknown(args, "command", "cwd", "env", "stdin", "allow_network", "require_sandbox")
         command = _text(args, "command")
         if len(command) > MAX_COMMAND:
-            raise protocol.invalid("command", f"at most {MAX_COMMAND} bytes (write longer ones to a file)", f"{len(command)} bytes")
+            raise protocol.invalid(
+                "command", f"at most {MAX_COMMAND} bytes (write longer ones to a file)", f"{len(command)} bytes"
+            )
         self.stdout_limit = setting.max_output
         self._stdin = _text(args, "stdin", nul=True) if args.get("stdin") is not None else None
         # What bash sources before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
@@ -77,7 +80,7 @@ class Bash:
         self._check_wishes(args, setting)
 
     @staticmethod
-    def _env(args: Mapping[str, Any]) -> Dict[str, bytes]:
+    def _env(args: Mapping[str, Any]) -> dict[str, bytes]:
         env = args.get("env")
         if env is None:
             return {}
@@ -143,7 +146,7 @@ class WriteFile:
         return _file_error(outcome, self._path)
 
 
-TOOLS: Dict[str, Type[Any]] = {"bash": Bash, "read_file": ReadFile, "write_file": WriteFile}
+TOOLS: dict[str, type[Any]] = {"bash": Bash, "read_file": ReadFile, "write_file": WriteFile}
 
 
 def parse(name: object, args: object, setting: Setting) -> Tool:
@@ -200,7 +203,7 @@ def _file_error(outcome: Outcome, path: str) -> str:
         return ""
     if outcome.timed_out or outcome.cancelled:
         return "it took too long" if outcome.timed_out else "it was cancelled"
-    raise file_failure(outcome.stderr.bytes(), path)
+    raise file_failure(outcome.stderr.kept(), path)
 
 
 def file_failure(told: bytes, path: str) -> RequestFailed:

@@ -11,7 +11,8 @@ import json
 import select
 import socket
 import urllib.parse
-from typing import Any, Callable, Deque, Mapping, Optional, Tuple
+from collections.abc import Mapping
+from typing import Any, Callable
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -36,17 +37,17 @@ class Transport:
     Nothing is ever sent twice: repeating is for the caller, who knows what may be repeated.
     """
 
-    def __init__(self, address: str, token: Optional[str], connections: int) -> None:
+    def __init__(self, address: str, token: str | None, connections: int) -> None:
         self.address = address
         self._connect = _connector(address)
         # The last used is the first taken. Appending and popping are atomic, so there is no lock.
-        self._idle: Deque[Any] = collections.deque(maxlen=connections)
+        self._idle: collections.deque[Any] = collections.deque(maxlen=connections)
         host = urllib.parse.urlsplit(address).netloc.rpartition("@")[2] or "localhost"
         self._fixed = f" HTTP/1.1\r\nHost: {host}\r\n" + (f"Authorization: Bearer {token}\r\n" if token is not None else "")
 
     def request(
-        self, method: str, path: str, body: Optional[bytes], read_timeout: float, headers: Optional[Mapping[str, str]] = None
-    ) -> Tuple[int, bytes]:
+        self, method: str, path: str, body: bytes | None, read_timeout: float, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """Status and content of the answer.
 
         :param read_timeout: seconds that the server may be silent.
@@ -91,8 +92,8 @@ class Transport:
             raise NotSent(str(e)) from e
 
     def json(
-        self, method: str, path: str, body: object, read_timeout: float, headers: Optional[Mapping[str, str]] = None
-    ) -> Tuple[int, Any]:
+        self, method: str, path: str, body: object, read_timeout: float, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
         """The same with JSON both ways; None for an answer that is none. A ``body`` of None is none."""
         data = None if body is None else json.dumps(body).encode()
         status, content = self.request(method, path, data, read_timeout, headers)
@@ -139,7 +140,7 @@ def _connector(address: str) -> Callable[[], Any]:
     return connect
 
 
-def _exchange(sock: socket.socket, head: bytes, body: Optional[bytes], read_timeout: float) -> Tuple[int, bytes, bool]:
+def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout: float) -> tuple[int, bytes, bool]:
     """Send and receive; the status, the content, and whether the connection may be kept.
 
     :raises ValueError: if the answer is not what these servers send.
@@ -160,7 +161,7 @@ def _exchange(sock: socket.socket, head: bytes, body: Optional[bytes], read_time
         received += _receive(sock)
     lines = received[:end].split(b"\r\n")
     version, status = lines[0].split(b" ", 2)[:2]
-    length: Optional[int] = 0 if status in (b"204", b"304") else None
+    length: int | None = 0 if status in (b"204", b"304") else None
     keep = version == b"HTTP/1.1"
     for line in lines[1:]:
         name, _, value = line.partition(b":")

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import stat
-from typing import Iterator
+from collections.abc import Iterator
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

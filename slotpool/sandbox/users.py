@@ -7,7 +7,6 @@ import itertools
 import os
 import signal
 import time
-from typing import Tuple
 
 from ..errors import StartFailed
 
@@ -79,5 +78,5 @@ class UserBlock:
 
 def _is_mapped(uid: int) -> bool:
     with open("/proc/self/uid_map", "rb") as table:
-        ranges: Tuple[Tuple[int, int], ...] = tuple((int(a), int(n)) for a, _, n in (row.split() for row in table))
+        ranges: tuple[tuple[int, int], ...] = tuple((int(a), int(n)) for a, _, n in (row.split() for row in table))
     return any(first <= uid and uid + BLOCK * _BLOCKS <= first + count for first, count in ranges)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from typing import Optional, Tuple
 
 from .cell import Cell
 
@@ -19,7 +18,7 @@ class Warmer:
     """One thread that starts shells. Thread-safe."""
 
     def __init__(self) -> None:
-        self._due: queue.SimpleQueue[Optional[Tuple[float, Cell]]] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[tuple[float, Cell] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slotpool-warmer", daemon=True)
         self._thread.start()
 

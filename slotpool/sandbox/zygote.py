@@ -33,7 +33,8 @@ import socket
 import stat
 import struct
 import time
-from typing import Any, Callable, Iterator, NoReturn
+from collections.abc import Iterator
+from typing import Any, Callable, NoReturn
 
 from . import confine, linux
 
