@@ -1,0 +1,190 @@
+"""What all tests share: a clean environment, real servers, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import attr
+import pytest
+
+from slotpool import SlotPool
+from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.protocol import Lease
+
+ROOT = os.geteuid() == 0
+PACKAGE = str(Path(sys.modules["slotpool"].__file__ or "").resolve().parents[1])
+
+
+def _why_not(mode: str) -> str:
+    if mode == "user" and not ROOT:
+        return "user mode needs root"
+    if mode == "bwrap-as-user" and not ROOT:
+        return "already an ordinary user"
+    if mode == "bwrap" and shutil.which("bwrap") is None:
+        return "bubblewrap is not installed"
+    return ""
+
+
+ISOLATED = ["bwrap", "user", "bwrap-as-user"]
+MODES = [*ISOLATED, "none"]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("NOMAD_", "SLOTPOOL_")):
+            monkeypatch.delenv(name)
+
+
+def slotpool_processes() -> list[str]:
+    """The command lines of all processes of servers, nurseries, sandboxes and slots on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+        except OSError:
+            continue
+        if "slotpool.sandbox" in line or "SLOTPOOL_TEST" in line or line.startswith(("/usr/bin/bwrap", "bash -c . /proc/self/fd/3")):
+            found.append(f"{path.parent.name}: {line[:200]}")
+    return found
+
+
+def state_directories() -> list[str]:
+    return sorted(str(path) for path in Path(tempfile.gettempdir()).glob("slotpool-*"))
+
+
+def wait_until(true: Callable[[], Any], limit: float = 10.0) -> bool:
+    """Wait for something that another process does and that has no handle to wait on."""
+    deadline = time.monotonic() + limit
+    while not true():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    before = set(slotpool_processes()), set(state_directories()), Path("/proc/self/mountinfo").read_text()
+    yield
+    wait_until(lambda: set(slotpool_processes()) <= before[0] and set(state_directories()) <= before[1])
+    assert set(slotpool_processes()) <= before[0]
+    assert set(state_directories()) <= before[1]
+    assert Path("/proc/self/mountinfo").read_text() == before[2]
+
+
+@attr.s(auto_attribs=True)
+class Server:
+    """A real sandbox server in a process of its own."""
+
+    process: subprocess.Popen[bytes]
+    client: SandboxClient
+    address: str
+    token: str
+    isolation: str
+
+    def lease(self, count: int = 1, ttl: float = 30.0, owner: str = "test") -> list[Lease]:
+        """Exactly ``count`` leases."""
+        leases: list[Lease] = []
+        while len(leases) < count:
+            got = self.client.lease(owner, ttl, count - len(leases), wait=20)["leases"]
+            assert got, f"only {len(leases)} of {count} slots became free"
+            leases += got
+        return leases
+
+    def bash(self, lease: Lease, command: str, timeout: float = 20.0, **args: Any) -> Any:
+        return self.client.execute(lease["slot"], lease["token"], "bash", {"command": command, **args}, timeout)
+
+    def free(self, count: int, limit: float = 10.0) -> bool:
+        """Wait until so many slots are free."""
+        return wait_until(lambda: self.client.health()["counts"]["free"] == count, limit)
+
+    def stop(self) -> None:
+        self.client.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait(30)
+
+
+StartServer = Callable[..., Server]
+
+ORDINARY_USER = "nobody"
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """Start servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end."""
+    servers: list[Server] = []
+    directories: list[str] = []
+
+    def start(mode: str = "bwrap", slots: int = 2, **settings: Any) -> Server:
+        why_not = _why_not(mode)
+        if why_not:
+            pytest.skip(why_not)
+        more: dict[str, Any] = {}
+        state_dir: Optional[str] = None
+        if mode == "bwrap-as-user":
+            user = pwd.getpwnam(ORDINARY_USER)
+            state_dir = tempfile.mkdtemp(prefix="test-slotpool-")
+            directories.append(state_dir)
+            os.chown(state_dir, user.pw_uid, user.pw_gid)
+            more = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            if subprocess.run([sys.executable, "-c", ""], cwd="/", capture_output=True, **more).returncode:
+                pytest.skip(f"user {ORDINARY_USER} can't run {sys.executable}")
+        options = {
+            "slots": slots,
+            "isolation": mode.partition("-")[0],
+            "readonly_paths": [],
+            "state_dir": state_dir,
+            **settings,
+            "token": "SLOTPOOL_TEST_server_token",
+            "parent": os.getpid(),
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "slotpool.sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": PACKAGE},
+            cwd="/",
+            start_new_session=True,
+            **more,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(options).encode() + b"\n")
+        process.stdin.flush()
+        told: dict[str, str] = {}
+        for line in process.stdout:
+            if line.startswith(b"{"):
+                told = json.loads(line)
+                break
+        process.stdout.close()
+        assert "ready" in told, told
+        client = SandboxClient(told["ready"], options["token"], connections=100)
+        server = Server(process, client, told["ready"], options["token"], options["isolation"])
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+    for directory in directories:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def pool() -> Iterator[SlotPool]:
+    """An embedded pool of four slots."""
+    with SlotPool(slots_per_container=4, max_containers=1) as pool:
+        yield pool
