@@ -1,7 +1,7 @@
 """A sandbox server as a child process of a local fleet.
 
 Standard input brings one line of JSON, :class:`Settings`, and stays open as long as the parent wants the server. Standard
-output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line, and the log.
+output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line; the log goes to standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .serve import ServeConfig, serve
 
 
 def main() -> None:
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     line = sys.stdin.buffer.readline()
     if not line:
         return  # the parent died before it could ask for anything
