@@ -61,6 +61,18 @@ class ExecutionResult:
     execution_id: str = ""
     slot_id: str = ""
     metadata: dict[str, Any] = attr.ib(factory=dict)
+    _raw_stdout: str | None = attr.ib(default=None, repr=False, eq=False)
+    _raw_stderr: str | None = attr.ib(default=None, repr=False, eq=False)
+
+    @property
+    def stdout_bytes(self) -> bytes:
+        """``stdout`` as it was printed, where that is not UTF-8."""
+        return _encoded(self.stdout if self._raw_stdout is None else self._raw_stdout)
+
+    @property
+    def stderr_bytes(self) -> bytes:
+        """``stderr`` as it was printed, where that is not UTF-8."""
+        return _encoded(self.stderr if self._raw_stderr is None else self._raw_stderr)
 
     @property
     def output(self) -> str:
@@ -82,15 +94,18 @@ class ExecutionResult:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ``output`` and ``truncated`` too, ready for JSON."""
-        return {**attr.asdict(self), "output": self.output, "truncated": self.truncated}
+        fields = attr.asdict(self, filter=lambda field, _: not field.name.startswith("_"))
+        return {**fields, "output": self.output, "truncated": self.truncated}
 
     @classmethod
     def of(cls, result: Result, execution_id: str, slot_id: str) -> ExecutionResult:
         """From a server's answer."""
         return cls(
             success=result["exit_code"] == 0 and not result["timed_out"] and not result["error"],
-            stdout=result["stdout"],
-            stderr=result["stderr"],
+            stdout=_readable(result["stdout"]),
+            stderr=_readable(result["stderr"]),
+            raw_stdout=result["stdout"],
+            raw_stderr=result["stderr"],
             exit_code=result["exit_code"],
             signal=result["signal"],
             timed_out=result["timed_out"],
@@ -108,6 +123,15 @@ class ExecutionResult:
         """For a call of a batch that could not be carried out."""
         metadata = {"exception": type(error).__name__, "may_have_run": getattr(error, "may_have_run", False)}
         return cls(success=False, error=str(error), execution_id=execution_id, slot_id=slot_id, metadata=metadata)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _readable(text: str) -> str:
+    """``text`` with U+FFFD for what stands for bytes that are not UTF-8."""
+    return text if text.isascii() else _encoded(text).decode("utf-8", "replace")
 
 
 class Slot:

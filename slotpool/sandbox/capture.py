@@ -55,14 +55,14 @@ class Output:
         return not self.truncated and self.kept().endswith(suffix)
 
     def text(self) -> str:
-        """What was kept, as UTF-8; a line in between says how much was left out. Other bytes become U+FFFD."""
+        """What was kept, as UTF-8, other bytes as surrogate escapes; a line in between says how much was left out."""
         if not self.truncated:
-            return self.kept().decode("utf-8", "replace")
-        head = bytes(self._head[: _whole_characters(self._head)]).decode("utf-8", "replace")
+            return self.kept().decode("utf-8", "surrogateescape")
+        head = bytes(self._head[: _whole_characters(self._head)]).decode("utf-8", "surrogateescape")
         start = 0
         while start < min(3, len(self._tail)) and self._tail[start] & 0xC0 == 0x80:
             start += 1  # the rest of a character whose beginning was left out
-        tail = self._tail[start:].decode("utf-8", "replace")
+        tail = self._tail[start:].decode("utf-8", "surrogateescape")
         return f"{head}\n[... {self.omitted} bytes left out ...]\n{tail}"
 
 

@@ -1,0 +1,196 @@
+"""``slotpool bench``: what this machine gives, next to what starting a process costs on it without any pool."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import attr
+
+from . import __version__
+from .pool import SlotPool
+from .slot import Slot
+
+_BLOCK = 50  # calls of one kind before the other kind's turn, so that both meet the machine in the same moods
+_PACE = 0.010  # seconds between calls, about as an agent's calls come
+_AT_ONCE = 10
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Figure:
+    """One line of the report. ``ratio`` is to the baseline of the same pace."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    note: str = ""
+
+
+def run(pool: SlotPool, rounds: int) -> list[Figure]:
+    """Measure with a started pool of at least ten slots; ``rounds`` blocks of each kind."""
+    figures: list[Figure] = []
+    with pool.slot() as slot:
+        for pace, name in ((_PACE, "10 ms apart"), (0.0, "back to back")):
+            figures += _against_baseline(slot, pace, name, rounds)
+        figures += _files(slot, rounds)
+    figures += _leases(pool, rounds)
+    figures += _at_once(pool, rounds)
+    figures.append(_memory(pool))
+    return figures
+
+
+def _timed(act: Callable[[], object], pace: float) -> list[float]:
+    times = []
+    for _ in range(_BLOCK):
+        begun = time.perf_counter()
+        act()
+        times.append((time.perf_counter() - begun) * 1000)
+        if pace:
+            time.sleep(pace)
+    return times
+
+
+def _against_baseline(slot: Slot, pace: float, name: str, rounds: int) -> list[Figure]:
+    bare: list[float] = []
+    ours: list[float] = []
+    for _ in range(rounds):
+        bare += _timed(lambda: subprocess.run(["bash", "-c", "true"], check=True), pace)
+        ours += _timed(lambda: slot.bash("true"), pace)
+    base = statistics.median(bare)
+    p99 = statistics.quantiles(ours, n=100)[98]
+    return [
+        Figure(f"subprocess.run bash -c true, {name}: p50", base, "ms", note="the baseline"),
+        Figure(f's.bash("true"), {name}: p50', statistics.median(ours), "ms", statistics.median(ours) / base),
+        Figure(f's.bash("true"), {name}: p99', p99, "ms", p99 / base),
+    ]
+
+
+def _files(slot: Slot, rounds: int) -> list[Figure]:
+    figures = []
+    for size, name in ((1024, "1 KiB"), (1024 * 1024, "1 MiB")):
+        content = os.urandom(size)
+        for act, verb in ((lambda: slot.write_file("f", content), "write"), (lambda: slot.read_bytes("f"), "read")):  # noqa: B023
+            times = [t for _ in range(rounds) for t in _timed(act, 0.0)]
+            p50 = statistics.median(times)
+            figures.append(Figure(f"{verb} {name}: p50", p50, "ms", note=f"{size / 1048576 / p50 * 1000:.0f} MiB/s"))
+    return figures
+
+
+def _leases(pool: SlotPool, rounds: int) -> list[Figure]:
+    acquiring, releasing = [], []
+    for _ in range(rounds * _BLOCK):
+        begun = time.perf_counter()
+        slot = pool.acquire()
+        acquired = time.perf_counter()
+        slot.bash("true")  # so that there is something to clean
+        used = time.perf_counter()
+        slot.release()
+        released = time.perf_counter()
+        acquiring.append((acquired - begun) * 1000)
+        releasing.append((released - used) * 1000)
+        time.sleep(_PACE)
+    both = statistics.median(a + r for a, r in zip(acquiring, releasing))
+    return [
+        Figure("acquire + release of a used slot: p50", both, "ms", note="as the caller sees it; cleaning goes on behind"),
+        Figure("  of that, acquire: p50", statistics.median(acquiring), "ms"),
+    ]
+
+
+def _at_once(pool: SlotPool, rounds: int) -> list[Figure]:
+    slots = [pool.acquire() for _ in range(_AT_ONCE)]
+    try:
+        each = rounds * _BLOCK // 2
+        start = threading.Barrier(_AT_ONCE + 1)
+
+        def work(slot: Slot) -> None:
+            start.wait()
+            for _ in range(each):
+                slot.bash("true")
+
+        threads = [threading.Thread(target=work, args=(slot,)) for slot in slots]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        rate = _AT_ONCE * each / (time.perf_counter() - begun)
+
+        batches = rounds * _BLOCK // 4
+        begun = time.perf_counter()
+        for _ in range(batches):
+            pool.execute_batch([(slot, "bash", {"command": "true"}) for slot in slots])
+        batched = batches * _AT_ONCE / (time.perf_counter() - begun)
+    finally:
+        for slot in slots:
+            slot.release()
+    return [
+        Figure(f"commands a second, {_AT_ONCE} slots at once", rate, "/s"),
+        Figure(f"commands a second, execute_batch of {_AT_ONCE}", batched, "/s"),
+    ]
+
+
+def _memory(pool: SlotPool) -> Figure:
+    """The proportional set size of what slots are made of: their sandboxes, zygotes and waiting shells."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+
+    def depth(pid: int) -> int:
+        """Steps up to this process: its servers are at 1, their nurseries at 2, what slots are made of is deeper."""
+        steps = 0
+        while pid not in (0, os.getpid()):
+            pid = parents.get(pid, 0)
+            steps += 1
+        return steps if pid else 0
+
+    total = 0
+    try:
+        for pid in [pid for pid in parents if depth(pid) > 2]:
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1])
+    except PermissionError:
+        return Figure("memory of a slot (PSS)", float("nan"), "MB", note="only root may read it")
+    except (FileNotFoundError, ProcessLookupError):
+        return Figure("memory of a slot (PSS)", float("nan"), "MB", note="processes came and went; try again")
+    return Figure("memory of a slot (PSS)", total / 1024 / max(1, pool.total_slots), "MB")
+
+
+def report(pool: SlotPool, figures: list[Figure]) -> dict[str, Any]:
+    """All of it, ready for JSON."""
+    return {
+        "slotpool": __version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "isolation": pool.get_stats()["isolation"],
+        "figures": [{**attr.asdict(f), "value": f.value if f.value == f.value else None} for f in figures],
+    }
+
+
+def as_text(told: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [
+        f"slotpool {told['slotpool']}, isolation {', '.join(told['isolation'])}; Python {told['python']}, "
+        f"Linux {told['kernel']}, {told['cores']} cores",
+        f"{'':52} {'':>10}      x baseline",
+    ]
+    for figure in told["figures"]:
+        value = (
+            "?" if figure["value"] is None else f"{figure['value']:.3f}" if figure["value"] < 100 else f"{figure['value']:.0f}"
+        )
+        ratio = f"{figure['ratio']:.2f}" if figure["ratio"] is not None else ""
+        lines.append(f"{figure['name']:52} {value:>10} {figure['unit']:4} {ratio:>10}  {figure['note']}".rstrip())
+    return "\n".join(lines)
