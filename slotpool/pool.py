@@ -1,65 +1,39 @@
-"""The pool: hands out slots as leases, keeps some ready, brings about the containers that demand needs."""
+"""The pool: what its users hold."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import logging
 import os
 import queue
 import secrets
 import socket
-import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Callable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
+from . import batch
+from .background import Background
 from .config import SlotPoolConfig
-from .container import Container
-from .errors import (
-    AcquireTimeout,
-    ConfigError,
-    ContainerLost,
-    ContainerRefused,
-    InvalidRequest,
-    LeaseLost,
-    PoolClosed,
-    SlotPoolError,
-    StartFailed,
-    shown,
-)
-from .fleet import Fleet, Member
+from .errors import AcquireTimeout, ConfigError, InvalidRequest, PoolClosed, shown
+from .fleet import Fleet
 from .fleet.local import LocalFleet
 from .fleet.static import StaticFleet
 from .health import HealthThread
-from .scaling import Demand, Scaler
 from .slot import ExecutionResult, Slot, SlotState
-from .stats import Counters
+from .supply import Supply
 from .tenure import Tenure
+from .upkeep import Upkeep
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .sandbox.protocol import CallRequest
-
 log = logging.getLogger(__name__)
 
-_WORKERS = 32  # threads for the pool's requests to servers
-_EXCHANGES = 3  # requests that give back and take, under way at once to one container
-_HOLD = 5.0  # seconds that such a request waits for a slot to become free, if somebody waits for it
-_HOLDING = 4  # containers without a free slot at which such requests wait at once
-_SHORT_HOLD = 1.0  # and if nobody does, but slots have just been given back
-
-
-class _Waiter:
-    """A caller in line. Its queue gets a tenure, or None when the pool closes."""
-
-    def __init__(self) -> None:
-        self.queue: queue.Queue[Tenure | None] = queue.Queue(1)
+_UNCLAIMED = 5.0  # seconds after which a lease that was handed out, and reached nobody, is given back
 
 
 class SlotPool:
@@ -77,32 +51,16 @@ class SlotPool:
         if config is not None and not isinstance(config, SlotPoolConfig):
             raise ConfigError("config", "a SlotPoolConfig", shown(config))
         self.config = config if config is not None else SlotPoolConfig.make(settings)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-        # Guards every field below but the queues, which have locks of their own. Nothing slow is done under it.
-        self._lock = threading.Lock()
-        self._ready: queue.Queue[Tenure] = queue.Queue()  # leases that are held for the next to come
-        self._waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see acquire()
-        self._containers: dict[str, Container] = {}
-        self._held: set[Tenure] = set()
-        self._counters = Counters()
-        self._scaler = self._new_scaler()
-        self._scale_target = 0  # containers that the fleet is, or is being, brought to
-        self._scaling = False
-        self._admitting: set[str] = set()  # members that are being asked who they are
-        self._no_scaling_before = 0.0
-        self._trouble: Exception | None = None  # the last failure to scale or to lease
-        self._state = "new"
         self._pid = os.getpid()
-        self._fleet: Fleet = _fleet_of(self.config)
-        self._executor: ThreadPoolExecutor | None = None
-        self._health: HealthThread | None = None
-        self._grown = threading.Condition(self._lock)  # signalled when containers come, or can't
+        self._state = "new"  # then started, then stopped; guarded by the supply's lock
+        self._fleet = _fleet_of(self.config)
+        self._background = Background()
+        self._supply = Supply(self.config, f"{socket.gethostname()}:{self._pid}:{secrets.token_hex(4)}", self._background)
+        self._upkeep = Upkeep(self.config, self._fleet, self._supply, self._background)
+        self._health = HealthThread(self)
+        self._supply.container_failed = self._health.wake
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
-
-    def _new_scaler(self) -> Scaler:
-        config = self.config
-        return Scaler(config.slots_per_container, config.min_containers, config.max_containers, config.scale_down_after)
 
     # Life
 
@@ -112,43 +70,20 @@ class SlotPool:
         :raises IsolationUnavailable, StartFailed: what was started is ended again.
         :raises PoolClosed: it was stopped; make a new one.
         """
-        with self._lock:
+        with self._supply.lock:
             if self._state == "started":
                 return self
             if self._state != "new" or os.getpid() != self._pid:
                 raise PoolClosed(f"expected a new pool, got one that is {self._state}; make another SlotPool")
             self._state = "started"
-            self._executor = ThreadPoolExecutor(_WORKERS, "slotpool")
-            self._health = HealthThread(self)
         _open_pools.add(self)
         try:
-            self._fleet.start(self._fleet_changed)
             self._health.start()
-            with self._lock:
-                self._decide_scale()
-            self._await_containers()
+            self._upkeep.start()
         except BaseException:
             self.stop()
             raise
         return self
-
-    def _await_containers(self) -> None:
-        deadline = time.monotonic() + self.config.start_timeout
-        needed = self.config.min_containers if self.config.backend != "static" else 1
-        while True:
-            failure = self._fleet.failure()
-            with self._grown:
-                if len(self._containers) >= needed:
-                    return
-                if failure is not None or (self._trouble is not None and self.config.backend == "static"):
-                    break
-                if not self._grown.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
-                    break
-        if isinstance(failure, StartFailed):
-            raise failure
-        cause = failure or self._trouble
-        waited = f"{needed} container(s) are not there after {self.config.start_timeout:g} s" if cause is None else str(cause)
-        raise StartFailed(f"{waited}; {self._fleet.describe()}") from cause
 
     def stop(self, purge_job: bool = False) -> None:
         """End everything: waiters get :class:`PoolClosed`, held slots are lost, leases are given back, local servers ended.
@@ -159,38 +94,24 @@ class SlotPool:
         """
         if os.getpid() != self._pid:
             return
-        with self._lock:
+        with self._supply.lock:
             before, self._state = self._state, "stopped"
-            waiters, held = list(self._waiters), list(self._held)
-            self._waiters.clear()
-            self._held.clear()
-            containers = list(self._containers.values())
-            self._grown.notify_all()
-        for waiter in waiters:
-            waiter.queue.put(None)
-        for tenure in held:
+        for tenure in self._supply.close():
             tenure.lose("the pool has been stopped")
         if before == "stopped" and not purge_job:
             return
-        if self._health is not None:
-            self._health.stop()
+        self._health.stop()
+        with self._supply.lock:
+            containers = list(self._supply.containers.values())
         if self.config.backend != "local":
             for container in containers:
-                self._give_all_back(container)
+                self._supply.give_all_back(container)
         self._fleet.stop(purge_job)
+        self._upkeep.sync()  # wakes a start() that waits for containers
+        self._background.close()
         for container in containers:
             container.client.close()
-        if self._executor is not None:
-            self._executor.shutdown()
         _open_pools.discard(self)
-
-    def _give_all_back(self, container: Container) -> None:
-        tokens = [*container.tenures, *container.outbox]
-        if tokens:
-            try:
-                container.client.lease(self._owner, self.config.lease_ttl, take=0, release=tokens)
-            except SlotPoolError as e:
-                log.warning("leases could not be given back, and will expire: %s", e)
 
     def __enter__(self) -> SlotPool:
         return self.start()
@@ -203,6 +124,11 @@ class SlotPool:
             raise PoolClosed(f"expected the process {self._pid} that made the pool, got {os.getpid()}; make a pool of its own")
         if self._state != "started":
             raise PoolClosed(f"expected a started pool, got one that is {self._state}; use it in a with block, or call start()")
+
+    def _tend(self) -> None:
+        """What the health thread does in each period."""
+        self._collect_abandoned()
+        self._upkeep.tend()
 
     # Leases
 
@@ -229,8 +155,10 @@ class SlotPool:
             raise InvalidRequest("trajectory_id", "a string or None", shown(trajectory_id))
         if not isinstance(network, (bool, type(None))):
             raise InvalidRequest("network", "True, False or None", shown(network))
-        asked = time.monotonic()
-        tenure = self._take_ready_or_wait(asked, timeout)
+        try:
+            tenure = self._supply.take(timeout)
+        except AcquireTimeout as e:
+            raise AcquireTimeout(f"{e}: {self._situation()}") from e.__cause__
         slot = Slot(self, tenure, trajectory_id)  # from here on the slot's finalizer sees to the lease
         wanted = network if network is not None else self.config.network
         if wanted is not None and wanted != tenure.network:
@@ -242,95 +170,22 @@ class SlotPool:
                 raise
         return slot
 
-    def _take_ready_or_wait(self, asked: float, timeout: float) -> Tenure:
-        waiter = None
-        with self._lock:
-            self._counters.requests_num += 1
-            tenure = None if self._waiters else self._pop_ready()
-            if tenure is None:
-                waiter = _Waiter()
-                self._waiters.append(waiter)
-                self._counters.requests_queued += 1
-            else:
-                self._hand_out(tenure, asked)
-            self._refill()
-        if tenure is not None:
-            return tenure
-        assert waiter is not None
-        try:
-            try:
-                tenure = waiter.queue.get(timeout=timeout)
-            except queue.Empty:
-                tenure = self._leave_line(waiter)
-                if tenure is None:
-                    raise self._timed_out(timeout) from self._trouble
-            if tenure is None:
-                raise PoolClosed("the pool was stopped while this caller waited for a slot")
-        except BaseException as e:
-            late = self._leave_line(waiter)
-            if late is not None:
-                self._give_back(late)
-            with self._lock:
-                self._counters.requests_errors += 1
-            raise e
-        with self._lock:
-            self._counters.requests_wait_ms += (time.monotonic() - asked) * 1000
-        return tenure
-
-    def _pop_ready(self) -> Tenure | None:
-        while True:
-            try:
-                tenure = self._ready.get_nowait()
-            except queue.Empty:
-                return None
-            if not tenure.lost:
-                return tenure
-
-    def _leave_line(self, waiter: _Waiter) -> Tenure | None:
-        """Wait no more; a tenure that was handed over in the last moment."""
-        with self._lock:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-                return None
-        try:
-            return waiter.queue.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _timed_out(self, timeout: float) -> AcquireTimeout:
-        with self._lock:
-            total, held, waiting = self._total(), len(self._held), len(self._waiters)
-            trouble = self._trouble or self._fleet.failure()
-        limit = f"max_containers={self.config.max_containers} times slots_per_container={self.config.slots_per_container}"
-        return AcquireTimeout(
-            f"no slot became free within {timeout:g} s: {held} of {total} slots are held by this pool, {waiting} more callers wait "
-            f"(limit: {limit}); {self._fleet.describe()}" + (f"; last trouble: {trouble}" if trouble else "")
+    def _situation(self) -> str:
+        """What keeps callers waiting, in words."""
+        failure, fleet = self._fleet.failure(), self._fleet.describe()
+        supply, config = self._supply, self.config
+        with supply.lock:
+            held, waiting, trouble = len(supply.held), len(supply.waiters), supply.trouble or failure
+        most = (
+            f"at most {config.max_containers} containers of {config.slots_per_container}" if config.backend == "local" else ""
         )
-
-    def _hand_out(self, tenure: Tenure, now: float) -> None:
-        tenure.acquired_at = now
-        self._held.add(tenure)
-
-    def _deliver(self, tenure: Tenure) -> None:
-        """A lease is there: to whoever has waited longest, else it is kept ready, or given back. The lock is held."""
-        if self._waiters:
-            self._hand_out(tenure, time.monotonic())
-            self._waiters.popleft().queue.put_nowait(tenure)
-        elif self._ready.qsize() < self.config.prefetch or tenure.used:
-            self._ready.put_nowait(tenure)
-        else:
-            self._return_to_server(tenure)
-
-    def _return_to_server(self, tenure: Tenure) -> None:
-        container = tenure.container
-        del container.tenures[tenure.token]
-        container.outbox.append(tenure.token)
-        self._submit_exchange(container)
+        parts = [f"{held} of {self.total_slots} slots are held by this pool", f"{waiting} more callers wait", fleet, most]
+        return ", ".join(filter(None, parts)) + (f"; the last trouble: {trouble}" if trouble else "")
 
     def release(self, slot: Slot, reset_workspace: bool = True) -> None:
         """Give a slot back. Returns at once; the server cleans the slot before anybody else gets it. Repeatable.
 
-        :param reset_workspace: False hands the slot as it is, files and processes and all, to the next ``acquire`` of this pool.
+        :param reset_workspace: False hands the slot as it is, with files and processes, to the next ``acquire`` of this pool.
         """
         if not isinstance(slot, Slot):
             raise InvalidRequest("slot", "a Slot of this pool", shown(slot))
@@ -338,297 +193,35 @@ class SlotPool:
             raise InvalidRequest("slot", "a slot of this pool", f"{slot!r} of another pool")
         if os.getpid() != self._pid:
             return
+        if slot._tenure.end():
+            self._supply.give_back(slot._tenure, keep=not reset_workspace)
         slot._finalizer.detach()
-        tenure = slot._tenure
-        if not tenure.end():
-            log.debug("%r was released before", slot)
-            return
-        self._give_back(tenure, keep=not reset_workspace)
-
-    def _give_back(self, tenure: Tenure, keep: bool = False) -> None:
-        container = tenure.container
-        with self._lock:
-            if tenure not in self._held:
-                return  # lost, or the pool is stopped
-            self._held.discard(tenure)
-            self._counters.usage_ms += (time.monotonic() - tenure.acquired_at) * 1000
-            if tenure.token not in container.tenures:
-                self._counters.returns_bad += 1
-                return
-            if (keep or not tenure.used) and not container.cordoned:
-                fresh = tenure.handed_on()
-                container.tenures[fresh.token] = fresh
-                self._deliver(fresh)
-            else:
-                self._return_to_server(tenure)
 
     def _abandon(self, tenure: Tenure) -> None:
         """A slot was collected without a release. Called by the collector, perhaps amid anything: takes no lock."""
         self._abandoned.put(tenure)
-        if self._health is not None:
-            self._health.wake()
+        self._health.wake()
 
     def _collect_abandoned(self) -> None:
-        while True:
-            try:
-                tenure = self._abandoned.get_nowait()
-            except queue.Empty:
-                return
+        abandoned: list[Tenure] = []
+        while not self._abandoned.empty():
+            abandoned.append(self._abandoned.get())
+        now = time.monotonic()
+        with self._supply.lock:  # an interrupt may come between the hand-over and the making of the slot
+            held = self._supply.held
+            abandoned += [tenure for tenure in held if not tenure.claimed and now - tenure.acquired_at > _UNCLAIMED]
+        for tenure in abandoned:
             if tenure.end():
                 log.warning("%s was dropped without being released; giving it back", tenure.slot)
-                with self._lock:
-                    self._counters.slots_abandoned += 1
-                self._give_back(tenure)
-
-    # Getting leases from containers
-
-    def _refill(self) -> None:
-        """See that leases are asked for, and containers, as need be. The lock is held."""
-        if self._state != "started":
-            return
-        need = self._need()
-        holding = 0
-        for container in self._in_order():
-            if need <= 0:
-                break
-            if container.room <= 0:
-                continue
-            if container.exhausted:  # others have its slots: wait there for one, if somebody waits here, but don't count on it
-                if self._waiters and holding < _HOLDING:
-                    holding += 1
-                    self._submit_exchange(container)
-                continue
-            need -= container.room
-            self._submit_exchange(container)
-        self._decide_scale()
-
-    def _need(self) -> int:
-        """Leases to ask for, beyond those that are asked for already."""
-        asking = sum(container.asking for container in self._containers.values())
-        return len(self._waiters) + self.config.prefetch - self._ready.qsize() - asking
-
-    def _in_order(self) -> list[Container]:
-        return sorted(self._containers.values(), key=lambda container: container.member.index)
-
-    def _submit_exchange(self, container: Container) -> None:
-        if container.exchanges < _EXCHANGES and self._executor is not None and self._state == "started":
-            container.exchanges += 1
-            self._submit(self._exchange, container)
-
-    def _exchange(self, container: Container) -> None:
-        """Give back what is in the container's outbox and take what is needed, in one request."""
-        with self._lock:
-            release, container.outbox = container.outbox, []
-            take = max(0, min(self._need(), container.room))
-            container.asking += take
-            hold = _HOLD if self._waiters else _SHORT_HOLD if release else 0.0
-        granted: list[Tenure] = []
-        failure: SlotPoolError | None = None
-        if take or release:
-            try:
-                answer = container.client.lease(self._owner, self.config.lease_ttl, take, release, hold)
-                granted = [Tenure(container, lease) for lease in answer["leases"]]
-            except SlotPoolError as e:
-                failure = e
-        with self._lock:
-            container.exchanges -= 1
-            container.asking -= take
-            self._trouble = failure
-            if failure is None and take:
-                container.exhausted = not granted
-            stale = container.id not in self._containers or self._state != "started"
-            if stale:
-                unwanted = [tenure.token for tenure in granted]
-            else:
-                unwanted = []
-                for tenure in granted:
-                    container.tenures[tenure.token] = tenure
-                    self._counters.leases_num += 1
-                    self._deliver(tenure)
-                if container.outbox:
-                    self._submit_exchange(container)
-                if failure is None:
-                    self._refill()
-        if unwanted:
-            container.client.lease(self._owner, self.config.lease_ttl, 0, unwanted)
-        if failure is not None:
-            log.warning("%s: %s", container.id, failure)
-            if isinstance(failure, ContainerLost) and self._health is not None:
-                self._health.wake()
-
-    def _submit(self, act: Callable[..., None], *args: Any) -> None:
-        assert self._executor is not None
-        try:
-            self._executor.submit(_logged, act, *args)
-        except RuntimeError:  # the interpreter is going down; the pool's atexit handler does what is left to do
-            log.debug("not done any more: %s", act)
-
-    # Containers
-
-    def _fleet_changed(self) -> None:
-        """Take in new containers and drop those that are gone. Called by the fleet, from any thread."""
-        members = {member.id: member for member in self._fleet.members()}
-        with self._lock:
-            if self._state != "started":
-                return
-            for id_ in [id_ for id_ in self._containers if id_ not in members]:
-                self._drop(self._containers[id_], "its container has ended")
-            for id_, member in members.items():
-                if id_ not in self._containers and id_ not in self._admitting:
-                    self._admitting.add(id_)
-                    self._submit(self._admit, member)
-            self._rescale()
-            self._grown.notify_all()
-
-    def _admit(self, member: Member) -> None:
-        container = Container(member, self.config.slots_per_container)
-        failure: SlotPoolError | None = None
-        try:
-            container.info = container.client.health()
-            container.capacity = int(container.info.get("slots", 0))
-            if container.capacity < 1:
-                failure = ContainerRefused(f"{member.address} did not tell its slots; is the token right?")
-        except SlotPoolError as e:
-            failure = e
-        with self._lock:
-            self._admitting.discard(member.id)
-            if failure is not None:
-                log.warning("%s: %s", member.id, failure)
-                self._trouble = failure
-            elif self._state == "started":
-                log.info(
-                    "%s has come, with %d slots, isolation %s", member.id, container.capacity, container.info.get("isolation")
-                )
-                self._containers[member.id] = container
-                self._refill()
-            self._grown.notify_all()
-
-    def _drop(self, container: Container, why: str) -> None:
-        """Its leases are lost. The lock is held."""
-        del self._containers[container.id]
-        for tenure in container.tenures.values():
-            tenure.lose(f"{tenure.slot} of {container.id} is lost: {why}")
-        self._counters.leases_lost += len(container.tenures)
-        self._counters.containers_lost += not container.cordoned
-        container.tenures.clear()
-        self._refill()
-
-    def _decide_scale(self) -> None:
-        """Scale up, if demand wants it. The lock is held."""
-        demand = Demand(len(self._held), len(self._waiters))
-        now = time.monotonic()
-        if self._scaler.wanted(demand, now) > self._scale_target and now >= self._no_scaling_before:
-            self._scale_target = self._scaler.current
-            self._counters.scale_ups += 1
-            self._rescale()
-
-    def _rescale(self) -> None:
-        """Have the fleet brought to the wanted number, in the background. The lock is held."""
-        if self.config.backend != "static" and not self._scaling:
-            self._scaling = True
-            self._submit(self._scale)
-
-    def _scale(self) -> None:
-        while True:
-            with self._lock:
-                target = self._scale_target
-            failure: SlotPoolError | None = None
-            try:
-                self._fleet.scale(target)
-            except SlotPoolError as e:
-                failure = e
-                log.warning("scaling to %d containers failed: %s", target, e)
-            with self._lock:
-                if failure is not None:
-                    self._trouble = failure
-                    self._counters.scale_errors += 1
-                    self._no_scaling_before = time.monotonic() + self.config.scale_cooldown
-                    self._scale_target = len(self._containers)
-                if failure is not None or target == self._scale_target:
-                    self._scaling = False
-                    self._grown.notify_all()
-                    return
-
-    def _scale_down(self) -> None:
-        """End containers that have not been needed for a while, from the highest; never one with a slot in use."""
-        with self._lock:
-            wanted = self._scaler.wanted(Demand(len(self._held), len(self._waiters)), time.monotonic())
-            in_use = {tenure.container.id for tenure in self._held}
-            for container in reversed(self._in_order()):
-                if container.member.index < wanted or container.id in in_use:
-                    break
-                container.cordoned = True
-            keep = max((c.member.index + 1 for c in self._containers.values() if not c.cordoned), default=0)
-            keep = max(keep, wanted)
-            if self.config.backend == "static" or keep >= self._scale_target:
-                return
-            self._scale_target = keep
-            self._counters.scale_downs += 1
-            self._keep_ready(lambda tenure: not tenure.container.cordoned)
-            self._rescale()
-
-    def _keep_ready(self, wanted: Callable[[Tenure], bool]) -> None:
-        """Leave only the wanted ones in the queue of ready leases. The lock is held."""
-        for _ in range(self._ready.qsize()):
-            tenure = self._ready.get_nowait()
-            if not tenure.lost and wanted(tenure):
-                self._ready.put_nowait(tenure)
-
-    # What the health thread does
-
-    def _tend(self) -> None:
-        """Renew every lease, in one request a container, side by side; see to what is missing or not needed."""
-        self._collect_abandoned()
-        with self._lock:
-            due = [container for container in self._containers.values() if not container.checking]
-            for container in due:
-                container.checking = True
-                container.exhausted = False
-                self._submit(self._check, container)
-        self._scale_down()
-        self._fleet_changed()  # a container that could not be admitted is tried again, one that is missing is replaced
-        with self._lock:
-            self._refill()
-
-    def _check(self, container: Container) -> None:
-        with self._lock:
-            tokens = list(container.tenures)
-        failure: SlotPoolError | None = None
-        lost: list[str] = []
-        try:
-            lost = container.client.renew(tokens, timeout=self._check_timeout())
-        except SlotPoolError as e:
-            failure = e
-        with self._lock:
-            container.checking = False
-            now = time.monotonic()
-            if failure is None:
-                container.answered_at = now
-            for token in lost:
-                tenure = container.tenures.pop(token, None)
-                if tenure is not None:
-                    tenure.lose(f"{tenure.slot} of {container.id} is lost: its server has ended the lease")
-                    self._counters.leases_lost += 1
-            if lost:
-                self._keep_ready(lambda _: True)
-                self._refill()
-            # No lease in it can have outlived this, so nothing is taken from anybody.
-            hopeless = failure is not None and now - container.answered_at > self.config.lease_ttl
-            if hopeless and container.id in self._containers:
-                self._drop(container, f"it has not answered for {self.config.lease_ttl:g} s: {failure}")
-        if failure is not None:
-            log.warning("%s does not answer the health check: %s", container.id, failure)
-        if hopeless:
-            self._fleet.replace(container.member)
-            self._fleet_changed()
-
-    def _check_timeout(self) -> float:
-        return max(0.2, min(5.0, self.config.lease_ttl / 3))
+                with self._supply.lock:
+                    self._supply.counters.slots_abandoned += 1
+                self._supply.give_back(tenure)
 
     # Executing
 
     def execute(self, slot: Slot, tool: str, args: Mapping[str, Any], timeout: float | None = None) -> ExecutionResult:
-        """Run a tool by name in a slot: ``bash {command, cwd, env, stdin}``, ``read_file {path}``, ``write_file {path, content}``.
+        """Run a tool by name in a slot: ``bash {command, cwd, env, stdin}``, ``read_file {path}``,
+        ``write_file {path, content}``.
 
         It runs at most once. A file that can't be read or written is a result with ``error``, not an exception.
 
@@ -646,9 +239,7 @@ class SlotPool:
                 result = client.execute(slot.slot_id, slot._tenure.token, tool, args, limit, execution_id)
             failed = False
         finally:
-            with self._lock:
-                self._counters.executions_num += 1
-                self._counters.executions_errors += failed
+            self._count(1, failed)
         return ExecutionResult.of(result, execution_id, slot.slot_id)
 
     def execute_batch(
@@ -664,35 +255,20 @@ class SlotPool:
         """
         self._require_started()
         limit = self._timeout(timeout)
-        entries: list[tuple[Slot, CallRequest]] = []
+        entries = []
         for call in calls:
             if not isinstance(call, tuple) or len(call) != 3:
                 raise InvalidRequest("calls", "tuples (slot, tool, args)", shown(call))
-            slot, tool, args = call
-            self._check_call(slot, tool, args)
-            entries.append((slot, _call_request(slot, tool, args, limit)))
-        groups: dict[Container, list[int]] = {}
-        for i, (slot, _) in enumerate(entries):
-            groups.setdefault(slot._tenure.container, []).append(i)
-        found: list[ExecutionResult | None] = [None] * len(entries)
-
-        def run(container: Container, numbers: Sequence[int]) -> None:
-            part = [entries[i] for i in numbers]
-            for i, result in zip(numbers, _run_batch(container, part)):
-                found[i] = result
-
-        if len(groups) == 1:
-            ((container, numbers),) = groups.items()
-            run(container, numbers)
-        elif groups:
-            with ThreadPoolExecutor(len(groups), "slotpool-batch") as side_by_side:
-                for future in [side_by_side.submit(run, *group) for group in groups.items()]:
-                    future.result()
-        results = [result for result in found if result is not None]
-        with self._lock:
-            self._counters.executions_num += len(results)
-            self._counters.executions_errors += sum("exception" in result.metadata for result in results)
+            self._check_call(*call)
+            entries.append(batch.entry(*call, limit))
+        results = batch.run(entries)
+        self._count(len(results), sum("exception" in result.metadata for result in results))
         return results
+
+    def _count(self, executions: int, errors: int) -> None:
+        with self._supply.lock:
+            self._supply.counters.executions_num += executions
+            self._supply.counters.executions_errors += errors
 
     def _check_call(self, slot: object, tool: object, args: object) -> None:
         if not isinstance(slot, Slot) or slot._pool is not self:
@@ -716,92 +292,51 @@ class SlotPool:
     # Looking at it
 
     def _total(self) -> int:
-        return sum(container.capacity for container in self._containers.values() if not container.cordoned)
+        return sum(container.capacity for container in self._supply.containers.values() if not container.cordoned)
 
     @property
     def total_slots(self) -> int:
         """Slots of the containers that are there."""
-        with self._lock:
+        with self._supply.lock:
             return self._total()
 
     @property
     def acquired_slots(self) -> int:
         """Slots that callers of this pool hold."""
-        with self._lock:
-            return len(self._held)
+        with self._supply.lock:
+            return len(self._supply.held)
 
     @property
     def available_slots(self) -> int:
-        """Slots that this pool doesn't hold for a caller: ready, being cleaned, or, of shared servers, perhaps another pool's."""
-        with self._lock:
-            return max(0, self._total() - len(self._held))
+        """Slots that no caller of this pool holds: ready, being cleaned, or, of shared servers, perhaps another pool's."""
+        with self._supply.lock:
+            return max(0, self._total() - len(self._supply.held))
 
     def get_stats(self) -> dict[str, Any]:
         """What the pool is doing and has done; the README has a table that explains each entry. Costs no request."""
-        with self._lock:
-            states = Counter(tenure.state for tenure in self._held)
-            total = self._total()
-            containers = [container for container in self._in_order() if not container.cordoned]
-            states[SlotState.AVAILABLE] = max(0, total - len(self._held))
+        supply = self._supply
+        with supply.lock:
+            states = Counter(tenure.state for tenure in supply.held)
+            total, held = self._total(), len(supply.held)
+            states[SlotState.AVAILABLE] = max(0, total - held)
+            containers = [container for container in supply.in_order() if not container.cordoned]
             return {
                 "started": self._state == "started",
                 "containers": len(containers),
                 "total_slots": total,
-                "acquired_slots": len(self._held),
+                "acquired_slots": held,
                 "available_slots": states[SlotState.AVAILABLE],
                 "slots_by_state": {state.value: states[state] for state in SlotState},
-                "slots_ready": self._ready.qsize(),
-                "requests_waiting": len(self._waiters),
+                "slots_ready": supply.ready.qsize(),
+                "requests_waiting": len(supply.waiters),
                 "pool_min": self.config.min_containers,
                 "pool_max": self.config.max_containers,
                 "isolation": sorted({str(container.info.get("isolation")) for container in containers}),
-                **self._counters.as_dict(),
+                **supply.counters.as_dict(),
             }
 
     def __repr__(self) -> str:
-        with self._lock:
-            return f"<SlotPool {self.config.backend}, {self._state}, {len(self._held)} of {self._total()} slots acquired>"
-
-
-def _call_request(slot: Slot, tool: str, args: Mapping[str, Any], timeout: float) -> CallRequest:
-    return {
-        "slot": slot.slot_id,
-        "lease": slot._tenure.token,
-        "execution_id": secrets.token_hex(16),
-        "tool": tool,
-        "args": dict(args),
-        "timeout": timeout,
-    }
-
-
-def _run_batch(container: Container, part: Sequence[tuple[Slot, CallRequest]]) -> list[ExecutionResult]:
-    answers: list[Any] = [None] * len(part)
-    with contextlib.ExitStack() as stack:
-        usable = []
-        for i, (slot, _) in enumerate(part):
-            try:
-                stack.enter_context(slot._tenure.use())
-                usable.append(i)
-            except SlotPoolError as e:
-                answers[i] = e
-        if usable:
-            for i, answer in zip(usable, container.client.batch([part[i][1] for i in usable])):
-                answers[i] = answer
-    results = []
-    for (slot, request), answer in zip(part, answers):
-        if isinstance(answer, LeaseLost):
-            slot._tenure.lose(answer.message)
-        make = ExecutionResult.failed if isinstance(answer, Exception) else ExecutionResult.of
-        results.append(make(answer, request["execution_id"], slot.slot_id))
-    return results
-
-
-def _logged(act: Callable[..., None], *args: Any) -> None:
-    """For work whose result nobody waits for."""
-    try:
-        act(*args)
-    except Exception:
-        log.exception("the pool's background work failed; this is a defect of slotpool")
+        return f"<SlotPool {self.config.backend}, {self._state}, {self.acquired_slots} of {self.total_slots} slots acquired>"
 
 
 def _fleet_of(config: SlotPoolConfig) -> Fleet:

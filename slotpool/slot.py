@@ -158,6 +158,7 @@ class Slot:
         self.trajectory_id = trajectory_id or f"trajectory-{secrets.token_hex(8)}"
         self.metadata: dict[str, Any] = {}
         self._finalizer = weakref.finalize(self, pool._abandon, tenure)
+        tenure.claimed = True
         self._finalizer.atexit = False  # the pool itself sees to that
 
     @property

@@ -28,6 +28,7 @@ class Tenure:
         self.workspace = lease["workspace"]
         self.network = lease["network"]
         self.used = False  # whether anything may have been done in the slot, so that it needs cleaning
+        self.claimed = False  # whether a slot has been made of it, whose finalizer sees to its return
         self.acquired_at = 0.0  # on the monotonic clock
         self._lock = threading.Lock()  # guards the fields below
         self._running = 0

@@ -1,7 +1,8 @@
 """A sandbox server as a child process of a local fleet.
 
 Standard input brings one line of JSON, :class:`Settings`, and stays open as long as the parent wants the server. Standard
-output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line; the log goes to standard error.
+output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line; the log goes to
+standard error.
 """
 
 from __future__ import annotations

@@ -309,4 +309,5 @@ def main(argv: list[str]) -> None:
     linux.set_undumpable()
     gc.freeze()
     Nursery(socket.socket(fileno=control)).run()
+    signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)

@@ -1,0 +1,72 @@
+"""Many calls at once: one request a container, the containers side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from .container import Container
+from .errors import LeaseLost, SlotPoolError
+from .slot import ExecutionResult, Slot
+
+if TYPE_CHECKING:
+    from .sandbox.protocol import CallRequest
+
+    Entry = tuple[Slot, CallRequest]
+
+
+def entry(slot: Slot, tool: str, args: Mapping[str, Any], timeout: float) -> Entry:
+    """One call, to be given to :func:`run`."""
+    return slot, {
+        "slot": slot.slot_id,
+        "lease": slot._tenure.token,
+        "execution_id": secrets.token_hex(16),
+        "tool": tool,
+        "args": dict(args),
+        "timeout": timeout,
+    }
+
+
+def run(entries: Sequence[Entry]) -> list[ExecutionResult]:
+    """The results, in order; what goes wrong with one call, or one container, is in its results only."""
+    groups: dict[Container, list[int]] = {}
+    for i, (slot, _) in enumerate(entries):
+        groups.setdefault(slot._tenure.container, []).append(i)
+    found: dict[int, ExecutionResult] = {}
+
+    def run_group(container: Container, numbers: Sequence[int]) -> None:
+        found.update(zip(numbers, _run_in(container, [entries[i] for i in numbers])))
+
+    if len(groups) == 1:
+        run_group(*next(iter(groups.items())))
+    elif groups:
+        # Not the pool's own threads: callers that wait for long commands must not keep it from renewing leases.
+        with ThreadPoolExecutor(len(groups), "slotpool-batch") as side_by_side:
+            for future in [side_by_side.submit(run_group, *group) for group in groups.items()]:
+                future.result()
+    return [found[i] for i in range(len(entries))]
+
+
+def _run_in(container: Container, part: Sequence[Entry]) -> list[ExecutionResult]:
+    answers: list[Any] = [None] * len(part)
+    with contextlib.ExitStack() as stack:
+        usable = []
+        for i, (slot, _) in enumerate(part):
+            try:
+                stack.enter_context(slot._tenure.use())
+                usable.append(i)
+            except SlotPoolError as e:
+                answers[i] = e
+        if usable:
+            for i, answer in zip(usable, container.client.batch([part[i][1] for i in usable])):
+                answers[i] = answer
+    results = []
+    for (slot, request), answer in zip(part, answers):
+        if isinstance(answer, LeaseLost):
+            slot._tenure.lose(answer.message)
+        make = ExecutionResult.failed if isinstance(answer, Exception) else ExecutionResult.of
+        results.append(make(answer, request["execution_id"], slot.slot_id))
+    return results

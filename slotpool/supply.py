@@ -1,0 +1,282 @@
+"""Leases between containers and callers: the line of waiters, the ready ones, and the requests that give back and take."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from typing import Callable
+
+from .background import Background
+from .config import SlotPoolConfig
+from .container import Container
+from .errors import AcquireTimeout, PoolClosed, SlotPoolError
+from .stats import Counters
+from .tenure import Tenure
+
+log = logging.getLogger(__name__)
+
+_EXCHANGES = 3  # requests that give back and take, under way at once to one container
+_HOLD = 5.0  # seconds that such a request waits for a slot to become free, if a caller waits for it
+_SHORT_HOLD = 1.0  # and if none does, but slots have just been given back
+_HOLDING = 4  # containers without a free slot at which such requests wait at once
+
+
+class _Waiter:
+    """A caller in line. Its queue gets a tenure, or None when the pool closes."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Tenure | None] = queue.Queue(1)
+
+
+class Supply:
+    """The pool's lock and all that it guards. Thread-safe; methods that begin with an underscore expect the lock to be held.
+
+    :param owner: the name under which leases are taken.
+    """
+
+    def __init__(self, config: SlotPoolConfig, owner: str, background: Background) -> None:
+        self._config = config
+        self._owner = owner
+        self._background = background
+        # Guards every field below, those of the containers, and the scaling in Upkeep. Nothing slow is done under it.
+        self.lock = threading.Lock()
+        self.open = True
+        self.containers: dict[str, Container] = {}
+        self.held: set[Tenure] = set()  # handed out to callers
+        self.ready: queue.Queue[Tenure] = queue.Queue()  # held for the next to come
+        self.waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see take()
+        self.counters = Counters()
+        self.trouble: Exception | None = None  # the last failure to get leases or containers
+        self.demand_changed: Callable[[], None] = lambda: None  # called with the lock held
+        self.container_failed: Callable[[], None] = lambda: None
+
+    # For callers
+
+    def take(self, timeout: float) -> Tenure:
+        """A lease for the caller: a ready one if nobody waits, else in line.
+
+        :raises AcquireTimeout, PoolClosed:
+        """
+        asked = time.monotonic()
+        with self.lock:
+            if not self.open:
+                raise PoolClosed("the pool has been stopped")
+            self.counters.requests_num += 1
+            tenure = None if self.waiters else self._pop_ready()
+            waiter = _Waiter()
+            if tenure is not None:
+                self._hand_out(tenure)
+            else:
+                self.waiters.append(waiter)
+                self.counters.requests_queued += 1
+            self._refill()
+        return tenure if tenure is not None else self._wait(waiter, asked, timeout)
+
+    def _wait(self, waiter: _Waiter, asked: float, timeout: float) -> Tenure:
+        """Without the lock."""
+        tenure: Tenure | None = None
+        try:
+            try:
+                tenure = waiter.queue.get(timeout=min(timeout, threading.TIMEOUT_MAX))
+            except queue.Empty:
+                tenure = self._leave_line(waiter)
+                if tenure is None:
+                    raise AcquireTimeout(f"no slot became free within {timeout:g} s") from self.trouble
+            if tenure is None:
+                raise PoolClosed("the pool was stopped while this caller waited for a slot")
+        except BaseException:
+            late = tenure or self._leave_line(waiter)
+            if late is not None:
+                self.give_back(late)
+            with self.lock:
+                self.counters.requests_errors += 1
+            raise
+        with self.lock:
+            self.counters.requests_wait_ms += (time.monotonic() - asked) * 1000
+        return tenure
+
+    def _leave_line(self, waiter: _Waiter) -> Tenure | None:
+        """Wait no more; a tenure that was handed over in the last moment. Without the lock."""
+        with self.lock:
+            if waiter in self.waiters:
+                self.waiters.remove(waiter)
+                return None
+        try:
+            return waiter.queue.get_nowait()
+        except queue.Empty:
+            return None
+
+    def give_back(self, tenure: Tenure, keep: bool = False) -> None:
+        """The caller is done with it. Returns at once; its server cleans the slot before anybody else gets it.
+
+        :param keep: hand it on to the next caller as it is.
+        """
+        with self.lock:
+            if tenure not in self.held:
+                return  # the pool has been stopped
+            self.held.discard(tenure)
+            self.counters.usage_ms += (time.monotonic() - tenure.acquired_at) * 1000
+            container = tenure.container
+            if container.tenures.get(tenure.token) is not tenure:
+                self.counters.returns_bad += 1  # lost while it was used
+            elif (keep or not tenure.used) and not container.cordoned:
+                fresh = tenure.handed_on()
+                container.tenures[fresh.token] = fresh
+                self._deliver(fresh)
+            else:
+                self._return_to_server(tenure)
+
+    def close(self) -> list[Tenure]:
+        """Refuse everything from now on and wake who waits; the leases that were handed out."""
+        with self.lock:
+            self.open = False
+            waiters, held = list(self.waiters), list(self.held)
+            self.waiters.clear()
+            self.held.clear()
+        for waiter in waiters:
+            waiter.queue.put(None)
+        return held
+
+    # With the lock held
+
+    def _pop_ready(self) -> Tenure | None:
+        while True:
+            try:
+                tenure = self.ready.get_nowait()
+            except queue.Empty:
+                return None
+            if not tenure.lost:
+                return tenure
+
+    def keep_ready(self, wanted: Callable[[Tenure], bool]) -> None:
+        """Leave only the wanted ones in the queue of ready leases, and no lost one. The lock is held."""
+        for _ in range(self.ready.qsize()):
+            tenure = self.ready.get_nowait()
+            if not tenure.lost and wanted(tenure):
+                self.ready.put_nowait(tenure)
+
+    def _hand_out(self, tenure: Tenure) -> None:
+        tenure.acquired_at = time.monotonic()
+        self.held.add(tenure)
+
+    def _deliver(self, tenure: Tenure) -> None:
+        """A lease is there: to whoever has waited longest, else it is kept ready, or given back."""
+        if self.waiters:
+            self._hand_out(tenure)
+            self.waiters.popleft().queue.put_nowait(tenure)
+        elif self.ready.qsize() < self._config.prefetch or tenure.used:
+            self.ready.put_nowait(tenure)
+        else:
+            self._return_to_server(tenure)
+
+    def _return_to_server(self, tenure: Tenure) -> None:
+        container = tenure.container
+        del container.tenures[tenure.token]
+        container.outbox.append(tenure.token)
+        self._submit_exchange(container)
+
+    def in_order(self) -> list[Container]:
+        """Lowest first: those with the highest index are the first to be ended. The lock is held."""
+        return sorted(self.containers.values(), key=lambda container: container.member.index)
+
+    def refill(self) -> None:
+        """See that leases are asked for, and containers, as need be. The lock is held."""
+        self._refill()
+
+    def _refill(self) -> None:
+        if not self.open:
+            return
+        need = self._need()
+        holding = 0
+        for container in self.in_order() if need > 0 else ():
+            if need <= 0:
+                break
+            if container.room <= 0:
+                continue
+            if container.exhausted:  # others have its slots: wait there for one, if somebody waits here, but don't count on it
+                if self.waiters and holding < _HOLDING:
+                    holding += 1
+                    self._submit_exchange(container)
+                continue
+            need -= container.room
+            self._submit_exchange(container)
+        self.demand_changed()
+
+    def _need(self) -> int:
+        """Leases to ask for, beyond those that are asked for already."""
+        asking = sum(container.asking for container in self.containers.values())
+        return len(self.waiters) + self._config.prefetch - self.ready.qsize() - asking
+
+    def _submit_exchange(self, container: Container) -> None:
+        if container.exchanges < _EXCHANGES and self.open:
+            container.exchanges += 1
+            self._background.submit(self._exchange, container)
+
+    # In the background
+
+    def _exchange(self, container: Container) -> None:
+        """Give back what is in the container's outbox and take what is needed, in one request."""
+        with self.lock:
+            release, container.outbox = container.outbox, []
+            take = max(0, min(self._need(), container.room))
+            container.asking += take
+            hold = _HOLD if self.waiters else _SHORT_HOLD if release else 0.0
+        granted: list[Tenure] = []
+        failure: SlotPoolError | None = None
+        try:
+            if take or release:
+                answer = container.client.lease(self._owner, self._config.lease_ttl, take, release, hold)
+                granted = [Tenure(container, lease) for lease in answer["leases"]]
+        except SlotPoolError as e:
+            failure = e
+        finally:
+            with self.lock:
+                unwanted = self._exchanged(container, take, granted, failure)
+        if unwanted:
+            self._return_quietly(container, unwanted)
+        if failure is not None:
+            self._note(container, failure)
+
+    def _exchanged(self, container: Container, asked: int, granted: list[Tenure], failure: SlotPoolError | None) -> list[str]:
+        """Take the answer in; the tokens of leases that are of no use any more."""
+        container.exchanges -= 1
+        container.asking -= asked
+        if failure is not None:
+            self.trouble = failure
+        elif asked:
+            self.trouble = None
+            container.exhausted = not granted
+        if container.id not in self.containers or container.cordoned or not self.open:
+            return [tenure.token for tenure in granted]
+        for tenure in granted:
+            container.tenures[tenure.token] = tenure
+            self.counters.leases_num += 1
+            self._deliver(tenure)
+        if container.outbox:
+            self._submit_exchange(container)
+        if failure is None:
+            self._refill()
+        return []
+
+    def _return_quietly(self, container: Container, tokens: list[str]) -> None:
+        try:
+            container.client.lease(self._owner, self._config.lease_ttl, 0, tokens)
+        except SlotPoolError as e:
+            log.debug("leases could not be given back, and will expire: %s", e)
+
+    def _note(self, container: Container, failure: SlotPoolError) -> None:
+        if self.open and not container.cordoned:
+            log.warning("%s: %s", container.id, failure)
+            self.container_failed()
+
+    def give_all_back(self, container: Container) -> None:
+        """Every lease that the pool has in it, without waiting for their cleaning."""
+        with self.lock:
+            tokens = [*container.tenures, *container.outbox]
+            container.tenures.clear()
+            container.outbox = []
+        if tokens:
+            self._return_quietly(container, tokens)
