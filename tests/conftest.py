@@ -117,6 +117,15 @@ class Server:
         self.process.wait(30)
 
 
+def _can_run(identity: dict[str, Any]) -> bool:
+    check = [sys.executable, "-c", "import slotpool.sandbox.serve"]
+    try:
+        done = subprocess.run(check, cwd="/", env={"PYTHONPATH": PACKAGE}, capture_output=True, check=False, **identity)
+    except PermissionError:
+        return False
+    return done.returncode == 0
+
+
 StartServer = Callable[..., Server]
 
 ORDINARY_USER = "nobody"
@@ -140,8 +149,8 @@ def start_server() -> Iterator[StartServer]:
             directories.append(state_dir)
             os.chown(state_dir, user.pw_uid, user.pw_gid)
             more = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            if subprocess.run([sys.executable, "-c", ""], cwd="/", capture_output=True, **more).returncode:
-                pytest.skip(f"user {ORDINARY_USER} can't run {sys.executable}")
+            if not _can_run(more):
+                pytest.skip(f"user {ORDINARY_USER} can't run {sys.executable} with {PACKAGE}")
         options = {
             "slots": slots,
             "isolation": mode.partition("-")[0],

@@ -18,7 +18,7 @@ import attr
 
 from .._version import __version__
 from ..errors import SandboxStartFailed
-from . import isolation, protocol, tools, trees
+from . import isolation, protocol, tools, trees, zygote
 from .capture import Driver, Job, Outcome
 from .cell import Cell, NurseryProcess
 from .executions import Execution, Executions
@@ -333,6 +333,9 @@ class Host:
 
         :raises RequestFailed: if nobody can know what became of the call.
         """
+        if job.outcome.status == zygote.NOT_STARTED:
+            why = f"the slot has as many processes as it may have, {self.config.max_processes}; reset it, or release it"
+            raise RequestFailed("slot_broken", why, may_have_run=False)
         if not job.outcome.lost:
             return False
         if not self._holds(slot, token):

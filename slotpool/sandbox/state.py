@@ -23,6 +23,7 @@ class StateDirectory:
     def __init__(self, parent: str | None = None) -> None:
         # Slots of their own users must be able to pass through to their workspaces, but not to list what is there.
         mode = 0o711 if os.geteuid() == 0 else 0o700
+        self._shared = parent is None
         parent = parent or os.path.join(tempfile.gettempdir(), f"slotpool-{os.geteuid()}")
         os.makedirs(parent, mode, exist_ok=True)
         info = os.lstat(parent)
@@ -40,7 +41,9 @@ class StateDirectory:
         os.close(self.lock)
 
     def tidy(self) -> None:
-        """Remove the parent directory, if this was the last one in it."""
+        """Remove the parent directory, if it is the default one and this was the last in it."""
+        if not self._shared:
+            return
         try:
             os.rmdir(self._parent)
         except OSError:

@@ -17,8 +17,8 @@ the order that ``fds`` names them. What it starts is named by ``op``:
 ``read`` and ``write`` report a failure on ``stderr`` as JSON: ``[errno, message]``.
 
 ``call`` is a socket of the call's own. When the call's process has ended, its wait status goes there as a 32-bit
-integer in network order, and the socket is closed. A byte or an end of file from the other side kills the call: the process and
-everything it started, daemonised or not. The status then comes when all of that is dead.
+integer in network order, or :data:`NOT_STARTED`, and the socket is closed. A byte or an end of file from the other side
+kills the call: the process and everything it started, daemonised or not. The status then comes when all of that is dead.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ BOOTSTRAP = '. /proc/self/fd/3;eval "shift;$1"'
 SHELL = "/bin/bash"
 
 STATUS = struct.Struct("!i")
+NOT_STARTED = -1  # in place of a wait status: the slot can start no more processes
 READY = b"ready"
 ERROR = b"error "
 _CHUNK = 1 << 20
@@ -134,15 +135,31 @@ class Zygote:
             os._exit(0)  # the server is gone; the nursery sees to the rest
         order: dict[str, Any] = json.loads(message)
         named = dict(zip(order["fds"], fds))
-        pid = os.fork()
+        sock = socket.socket(fileno=named.pop("call"))
+        pid = self._fork()
         if pid == 0:
             self._become(order, named)
-        call = self._calls[pid] = _Call(pid, socket.socket(fileno=named.pop("call")))
         for fd in named.values():
             os.close(fd)
+        if pid is None:
+            sock.send(STATUS.pack(NOT_STARTED), socket.MSG_NOSIGNAL)
+            sock.close()
+            return
+        call = self._calls[pid] = _Call(pid, sock)
         # A descriptor for its end, and not SIGCHLD, as a signal handler costs more than all else that is done here.
         self._watch(call.end, self._reap)
         self._watch(call.sock.fileno(), lambda: self._kill(call))
+
+    def _fork(self) -> int | None:
+        """As ``os.fork``; None if the slot has as many processes as it may have."""
+        try:
+            return os.fork()
+        except OSError:
+            self._reap()  # the dead ones count until they are collected
+        try:
+            return os.fork()
+        except OSError:
+            return None
 
     def _reap(self) -> None:
         """Collect every child that has ended, those that were orphaned and came to this process too."""
@@ -173,6 +190,7 @@ class Zygote:
             os._exit(1)  # the server replaces the whole sandbox
         _, status = os.waitpid(call.pid, 0)
         self._ended(call, status)
+        self._reap()  # what was orphaned by the killing
 
     def _become(self, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         try:

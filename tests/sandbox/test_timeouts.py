@@ -1,0 +1,93 @@
+"""A time-out ends what the call started, all of it and nothing else."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from conftest import MODES, StartServer
+
+from slotpool import CommandFailed, SlotPool
+
+TREE = "setsid sleep 101 & (sleep 102 &) ; echo hi; sleep 103"
+COUNT = "pgrep -u $(id -u) -f '^sleep 10[0-9]$' | wc -l"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_that_the_call_started_is_killed(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, "sleep 1000 & disown; setsid sleep 1001 & echo")
+    begun = time.monotonic()
+    result = server.bash(lease, TREE, timeout=1.0)
+    took = time.monotonic() - begun
+    assert result["timed_out"]
+    assert result["stdout"] == "hi\n"
+    assert took < 2.0, "an issue's bar: within a second of its time-out"
+    after = server.bash(lease, COUNT)
+    assert after["stdout"].strip() == "0", "the three sleeps are dead, and the next command runs at once"
+    others = server.bash(lease, "pgrep -u $(id -u) -f '^sleep 100[01]$' | wc -l")
+    assert others["stdout"].strip() == "2", "what an earlier call left running lives on"
+
+
+def test_a_process_that_ignores_signals_and_hides_is_killed(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    hide = (
+        "import os, signal, time\n"
+        "for s in range(1, 32):\n"
+        "    try: signal.signal(s, signal.SIG_IGN)\n"
+        "    except OSError: pass\n"
+        "if os.fork(): os._exit(0)\n"
+        "os.setsid()\n"
+        "if os.fork(): os._exit(0)\n"
+        "os.environ.clear()\n"
+        "os.execve('/bin/sleep', ['sleep', '104'], {})\n"
+    )
+    result = server.bash(lease, f"python3 -c \"{hide}\"; echo up; while :; do :; done", timeout=1.5)
+    assert result["timed_out"]
+    assert result["stdout"] == "up\n"
+    assert server.bash(lease, COUNT)["stdout"].strip() == "0"
+
+
+def test_calls_side_by_side_time_out_apart(pool: SlotPool) -> None:
+    with pool.slot() as s:
+        import threading
+
+        results = {}
+
+        def run(name: str, command: str, timeout: float) -> None:
+            results[name] = s.bash(command, timeout=timeout)
+
+        threads = [
+            threading.Thread(target=run, args=("short", "(setsid sleep 105 &); sleep 106", 0.5)),
+            threading.Thread(target=run, args=("long", "(setsid sleep 107 &); sleep 2; echo done", 60)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results["short"].timed_out
+        assert results["long"].stdout == "done\n"
+        assert s.bash("pgrep -f '^sleep 10[567]$' -a | cut -d' ' -f2-").stdout == "sleep 107\n"
+
+
+def test_a_timed_out_result_fails_its_check(pool: SlotPool) -> None:
+    with pool.slot() as s:
+        result = s.bash("echo partial; sleep 100", timeout=0.3)
+        assert not result.success
+        assert result.signal == 9
+        with pytest.raises(CommandFailed, match="timed out"):
+            result.check()
+        with pytest.raises(CommandFailed) as failed:
+            s.bash("sleep 100", timeout=0.3, check=True)
+        assert failed.value.result.timed_out
+
+
+def test_a_fork_bomb_ends_with_its_time_out(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=2, max_processes=200)
+    one, other = server.lease(2)
+    result = server.bash(one, "bomb() { bomb | bomb & }; bomb 2>/dev/null; sleep 100", timeout=1.0)
+    assert result["timed_out"]
+    assert server.bash(one, "echo well")["stdout"] == "well\n"
+    assert server.bash(other, "echo well")["stdout"] == "well\n"
