@@ -126,7 +126,8 @@ def _at_once(pool: SlotPool, rounds: int) -> list[Figure]:
         batches = rounds * _BLOCK // 4
         begun = time.perf_counter()
         for _ in range(batches):
-            pool.execute_batch([(slot, "bash", {"command": "true"}) for slot in slots])
+            for result in pool.execute_batch([(slot, "bash", {"command": "true"}) for slot in slots]):
+                result.check()
         batched = batches * _AT_ONCE / (time.perf_counter() - begun)
     finally:
         for slot in slots:

@@ -130,7 +130,7 @@ class SandboxClient:
                 status, body, repeated = self._repeat(ask)
                 answers = self._dict((status, body, repeated))["results"]
                 for i, answer in zip(open_, answers):
-                    if "error" in answer:
+                    if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
                         found[i] = protocol.to_exception(0, answer, repeated)
                     elif "running" not in answer:
                         found[i] = answer

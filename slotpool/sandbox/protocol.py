@@ -135,7 +135,7 @@ def to_exception(status: int, body: object, sent_before: bool) -> errors.SlotPoo
         error = body["error"]
     code = error.get("code")
     message = str(error.get("message", f"HTTP status {status} without an explanation"))
-    if code in ("invalid_request", "too_large"):
+    if code in ("invalid_request", "too_large") or status == 413:  # which the WSGI server gives in words of its own
         return errors.InvalidRequest(
             str(error.get("field", "request")), str(error.get("expected", message)), str(error.get("got", "something else"))
         )

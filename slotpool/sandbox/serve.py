@@ -14,6 +14,7 @@ import attr
 import waitress
 
 from ..errors import StartFailed
+from . import protocol
 from .app import App
 from .host import Host, HostConfig
 
@@ -65,7 +66,7 @@ def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) ->
         "threads": 2 * config.host.slots + 16,
         "ident": None,
         "clear_untrusted_proxy_headers": True,
-        "max_request_body_size": config.host.max_file + 1024,
+        "max_request_body_size": max(config.host.max_file, protocol.MAX_JSON) + 1024,
         "connection_limit": 2000,
         "channel_timeout": 120,
         "send_bytes": 128,  # more than a head: head and body go out together, and wake the client once

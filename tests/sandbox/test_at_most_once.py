@@ -1,0 +1,190 @@
+"""However often a command is asked for, it runs once; and its caller gets its result, or learns what can be known."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Callable
+
+import pytest
+from conftest import Server, StartServer, wait_until
+from proxy import Cut, CuttingProxy
+
+from slotpool.errors import ContainerLost, InvalidRequest, LeaseLost, SlotBroken
+from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.protocol import Lease
+
+Through = Callable[[Server, Cut], SandboxClient]
+
+
+@pytest.fixture
+def through() -> Iterator[Through]:
+    """A client whose connections are cut."""
+    opened: list[tuple[CuttingProxy, SandboxClient]] = []
+
+    def make(server: Server, cut: Cut) -> SandboxClient:
+        proxy = CuttingProxy(server.address, cut)
+        client = SandboxClient(proxy.address, server.token)
+        opened.append((proxy, client))
+        return client
+
+    yield make
+    for proxy, client in opened:
+        client.close()
+        proxy.close()
+
+
+def first_only(direction: str, marker: bytes) -> Cut:
+    """Cut the first connection in which ``marker`` comes by."""
+    done = threading.Event()
+
+    def cut(where: str, seen: bytes) -> bool:
+        if where == direction and marker in seen and not done.is_set():
+            done.set()
+            return True
+        return False
+
+    return cut
+
+
+def runs(server: Server, lease: Lease) -> str:
+    return str(server.bash(lease, "cat runs")["stdout"])
+
+
+@pytest.mark.parametrize(
+    ("direction", "marker"), [("request", b'"bash"'), ("answer", b"HTTP/1.1 200")], ids=["request-sent", "answer-on-its-way"]
+)
+@pytest.mark.parametrize("duration", ["0", "1"])
+def test_a_cut_connection_runs_it_once_and_gives_its_result(
+    start_server: StartServer, through: Through, direction: str, marker: bytes, duration: str
+) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    client = through(server, first_only(direction, marker))
+    command = {"command": f"echo run >> runs; sleep {duration}; echo result"}
+    assert client.execute(lease["slot"], lease["token"], "bash", command, 20)["stdout"] == "result\n"
+    assert runs(server, lease) == "run\n"
+
+
+def test_a_cut_batch_runs_each_once(start_server: StartServer, through: Through) -> None:
+    server = start_server("bwrap", slots=2)
+    leases = server.lease(2)
+    client = through(server, first_only("answer", b"HTTP/1.1 200"))
+    calls: Any = [
+        {"slot": x["slot"], "lease": x["token"], "execution_id": x["slot"], "tool": "bash", "timeout": 9.0, "args": args}
+        for x in leases
+        for args in [{"command": "echo run >> runs; echo $PWD"}]
+    ]
+    answers: list[Any] = client.batch(calls)
+    assert [answer["stdout"] for answer in answers] == ["/workspace\n"] * 2, answers
+    assert [runs(server, lease) for lease in leases] == ["run\n"] * 2
+
+
+def test_connections_that_are_always_cut_end_in_a_typed_error(start_server: StartServer, through: Through) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    client = through(server, lambda where, seen: where == "request" and b'"bash"' in seen)
+    with pytest.raises(ContainerLost) as lost:
+        client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20)
+    assert lost.value.may_have_run
+    assert wait_until(lambda: runs(server, lease) == "run\n"), "it ran, and once"
+
+
+def test_many_who_ask_for_the_same_execution_get_the_same_result(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    results: list[str] = []
+    barrier = threading.Barrier(8)
+
+    def ask() -> None:
+        barrier.wait()
+        command = {"command": "echo run >> runs; sleep 0.5; echo $RANDOM"}
+        results.append(server.client.execute(lease["slot"], lease["token"], "bash", command, 20, "the-id")["stdout"])
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert len(set(results)) == 1
+    assert runs(server, lease) == "run\n"
+
+
+def test_an_id_is_not_used_for_two_requests(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo one"}, 20, "the-id")
+    with pytest.raises(InvalidRequest, match="execution_id"):
+        server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo two"}, 20, "the-id")
+
+
+def test_an_old_result_is_dropped_but_its_command_never_runs_again(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20, "the-id")
+    for _ in range(40):
+        server.bash(lease, "true")
+    with pytest.raises(SlotBroken, match="no longer kept") as gone:
+        server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20, "the-id")
+    assert gone.value.may_have_run
+    assert runs(server, lease) == "run\n"
+
+
+def test_a_lease_that_ends_under_a_command_is_told(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            server.bash(lease, "touch begun; sleep 100", timeout=200)
+        except LeaseLost as e:
+            failures.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert wait_until(lambda: server.bash(lease, "ls")["stdout"] == "begun\n")
+    server.client.lease("test", 30, 0, release=[lease["token"]])
+    thread.join()
+    assert len(failures) == 1
+    assert isinstance(failures[0], LeaseLost)
+    assert failures[0].may_have_run
+
+
+def test_a_server_that_dies_under_a_command_is_told(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    failures: list[ContainerLost] = []
+
+    def run() -> None:
+        try:
+            server.bash(lease, "touch begun; sleep 100", timeout=200)
+        except ContainerLost as e:
+            failures.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert wait_until(lambda: server.bash(lease, "ls")["stdout"] == "begun\n")
+    server.process.send_signal(signal.SIGKILL)
+    thread.join()
+    assert failures[0].may_have_run
+
+
+def test_processes_killed_from_inside_are_told_and_replaced(start_server: StartServer) -> None:
+    server = start_server("user", slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, "echo kept > file")
+    with pytest.raises(SlotBroken) as broken:
+        server.bash(lease, "kill -9 -1; sleep 100", timeout=200)
+    assert broken.value.may_have_run
+    assert server.bash(lease, "cat file")["stdout"] == "kept\n"
+
+
+def test_a_waiting_shell_killed_from_inside_costs_nothing(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    for _ in range(5):
+        server.bash(lease, "pkill -9 bash; true")
+    assert server.bash(lease, "echo well")["stdout"] == "well\n"
