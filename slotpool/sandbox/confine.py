@@ -103,7 +103,8 @@ def enter_namespaces(pid: int, order: Order) -> None:
     if os.geteuid() == 0:
         os.setgroups([])  # not allowed any more once inside
     user = _namespace(pid, "user")
-    others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES]
+    # One that is ours already, the network where it is shared, can't be joined from within the new user namespace.
+    others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES if not _shared(pid, name)]
     # Bubblewrap mounts devpts as one user and then goes on as another, in a user namespace below the one that owns all else.
     owner = fcntl.ioctl(others[-1][0], _NS_GET_USERNS)
     linux.setns(owner, linux.CLONE_NEWUSER)
@@ -121,6 +122,10 @@ def enter_namespaces(pid: int, order: Order) -> None:
 
 def _namespace(pid: int, name: str) -> int:
     return os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _shared(pid: int, name: str) -> bool:
+    return os.path.samefile(f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}")
 
 
 def _forbid_user_namespaces() -> None:

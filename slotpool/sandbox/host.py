@@ -169,7 +169,10 @@ class Host:
             if not broken.destroy():
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
                 return  # its calls go on failing, and at the lease's end the slot is quarantined
-            tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
+            try:
+                tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
+            except SandboxStartFailed as e:
+                raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
 
     # Leases
 
@@ -255,7 +258,10 @@ class Host:
             if not old.cell.destroy():
                 raise RequestFailed("slot_broken", "its processes could not be killed")
         trees.remove_tree(old.place.directory)
-        fresh = self._new_tenancy(network)
+        try:
+            fresh = self._new_tenancy(network)
+        except SandboxStartFailed as e:
+            raise RequestFailed("slot_broken", str(e)) from e
         fresh.executions = old.executions  # ids stay spent
         with self._changed:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
@@ -396,6 +402,10 @@ class Host:
             self._users.close()
 
 
+def _internal(e: Exception) -> RequestFailed:
+    return RequestFailed("internal", f"{type(e).__name__}: {e}")
+
+
 class _Run:
     """One execution as one request sees it: started by it, or joined."""
 
@@ -420,8 +430,10 @@ class _Run:
             return
         try:
             self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
-        except RequestFailed as e:
-            self._execution.failure = e
+        except Exception as e:
+            if not isinstance(e, RequestFailed):
+                log.exception("an execution could not be started")
+            self._execution.failure = e if isinstance(e, RequestFailed) else _internal(e)
             tenancy.executions.finish(call["execution_id"], self._execution)
             return
         tenancy.executions.started(self._execution, self.job.call.cancel)
@@ -436,7 +448,7 @@ class _Run:
             self._execution.failure = e
         except Exception as e:  # whatever it is, the callers must not wait for ever
             log.exception("an execution could not be finished")
-            self._execution.failure = RequestFailed("internal", f"{type(e).__name__}: {e}")
+            self._execution.failure = _internal(e)
         self._tenancy.executions.finish(self._call["execution_id"], self._execution)
 
     def _result(self, outcome: Outcome, restarted: bool) -> Result:

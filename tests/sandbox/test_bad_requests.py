@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -141,15 +146,36 @@ def test_a_large_file_comes_and_goes_whole(start_server: StartServer) -> None:
         server.client.read_file(lease["slot"], lease["token"], "big")
 
 
-def test_a_full_disk_leaves_the_old_content(start_server: StartServer) -> None:
-    server = start_server("bwrap", slots=1)
-    (lease,) = server.lease()
+@pytest.fixture
+def small_disk() -> Iterator[str]:
+    """A directory with room for 20 MB."""
+    directory = tempfile.mkdtemp(prefix="test-slotpool-")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m,mode=711", "tmpfs", directory]
+    try:
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("only root may mount a small disk")
+        yield directory
+        subprocess.run(["umount", directory], check=True)
+    finally:
+        os.rmdir(directory)
+
+
+@pytest.mark.parametrize("mode", ["bwrap", "user"])
+def test_a_full_disk_is_told_and_leaves_the_old_content(start_server: StartServer, small_disk: str, mode: str) -> None:
+    server = start_server(mode, slots=2, state_dir=small_disk)
+    lease, other = server.lease(2)
     slot, token = lease["slot"], lease["token"]
     server.client.write_file(slot, token, "f", b"old")
-    server.bash(lease, "ln -s /var/tmp/f full; echo old > /var/tmp/f")
-    server.bash(lease, "head -c 100G /dev/zero > /var/tmp/filler; sync", timeout=2)
-    server.bash(lease, "ulimit -f 1; true")
-    assert server.client.read_file(slot, token, "f") == b"old"
+    with pytest.raises(FileError) as error:
+        server.client.write_file(slot, token, "f", b"x" * 30_000_000)
+    assert error.value.errno == errno.ENOSPC
+    assert server.bash(lease, "cat f; ls -A")["stdout"] == "oldf\n"
+    server.bash(lease, "head -c 100M /dev/zero > filler")
+    assert server.bash(lease, "echo well; cat f")["stdout"] == "well\nold", "commands run on, and files can be read"
+    assert server.bash(other, "echo well")["stdout"] == "well\n"
+    server.client.lease("test", 30, 0, release=[token])
+    assert server.free(1), "the cleaning makes room again"
+    server.stop()
 
 
 def test_a_client_that_sends_half_a_request_holds_nothing_up(start_server: StartServer) -> None:
