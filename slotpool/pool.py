@@ -229,7 +229,6 @@ class SlotPool:
         :raises InvalidRequest: nothing was run.
         :raises SlotError: ``may_have_run`` tells whether it is safe to try again elsewhere.
         """
-        self._require_started()
         self._check_call(slot, tool, args)
         execution_id = secrets.token_hex(16)
         limit = self._timeout(timeout)
@@ -253,7 +252,6 @@ class SlotPool:
         :param timeout: seconds for each call; default ``command_timeout``.
         :raises InvalidRequest: if ``calls`` is not what it should be; nothing was run.
         """
-        self._require_started()
         limit = self._timeout(timeout)
         entries = []
         for call in calls:

@@ -109,6 +109,7 @@ class Upkeep:
     def _drop(self, container: Container, why: str) -> None:
         """Its leases are lost."""
         del self._supply.containers[container.id]
+        container.client.close()
         for tenure in container.tenures.values():
             tenure.lose(f"{tenure.slot} of {container.id} is lost: {why}")
         counters = self._supply.counters

@@ -46,21 +46,29 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+# Everything that these tests make on disk is in here, and every process of theirs has it in its command line or its
+# environment. So a test run sees its own processes, and none of another run's beside it.
+SESSION = tempfile.mkdtemp(prefix="slotpool-test-")
+os.chmod(SESSION, 0o1777)
+os.environ["TMPDIR"] = tempfile.tempdir = SESSION
+
+
 def slotpool_processes() -> list[str]:
-    """The command lines of all processes of servers, nurseries, sandboxes and slots on this machine."""
+    """The command lines of all processes of servers, nurseries, sandboxes and slots of this test run."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for directory in Path("/proc").glob("[0-9]*"):
         try:
-            line = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            line = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            owned = SESSION in line or SESSION.encode() in (directory / "environ").read_bytes()
         except OSError:
             continue
-        if "slotpool.sandbox" in line or "SLOTPOOL_TEST" in line or line.startswith(("/usr/bin/bwrap", "bash -c . /proc/self/fd/3")):
-            found.append(f"{path.parent.name}: {line[:200]}")
+        if owned and int(directory.name) != os.getpid():
+            found.append(f"{directory.name}: {line[:200]}")
     return found
 
 
 def state_directories() -> list[str]:
-    return sorted(str(path) for path in Path(tempfile.gettempdir()).glob("slotpool-*"))
+    return sorted(str(path) for path in Path(SESSION).glob("*slotpool-*"))
 
 
 def wait_until(true: Callable[[], Any], limit: float = 10.0) -> bool:
@@ -75,12 +83,13 @@ def wait_until(true: Callable[[], Any], limit: float = 10.0) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    before = set(slotpool_processes()), set(state_directories()), Path("/proc/self/mountinfo").read_text()
+    mounts = Path("/proc/self/mountinfo").read_text()
     yield
-    wait_until(lambda: set(slotpool_processes()) <= before[0] and set(state_directories()) <= before[1])
-    assert set(slotpool_processes()) <= before[0]
-    assert set(state_directories()) <= before[1]
-    assert Path("/proc/self/mountinfo").read_text() == before[2]
+    wait_until(lambda: not slotpool_processes() and not state_directories())
+    assert slotpool_processes() == []
+    assert state_directories() == []
+    assert Path("/proc/self/mountinfo").read_text() == mounts
+    shutil.rmtree(SESSION)
 
 
 @attr.s(auto_attribs=True)

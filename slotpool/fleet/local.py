@@ -63,6 +63,7 @@ class _Server:
             for line in said:
                 self._hear(line.decode("utf-8", "replace").rstrip())
         code = self._process.wait()
+        self.ask_to_end()  # closes the pipe
         self.ended = True
         if self.member is None and self.failure is None:
             last = "\n".join(self._said) or "nothing"

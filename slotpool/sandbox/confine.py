@@ -13,6 +13,8 @@ from typing import NoReturn, TypedDict
 from . import landlock, linux, trees
 
 _KILL_LIMIT = 5.0  # seconds
+BWRAP_READY = b"ready"
+_KILLER_TRIES = 100
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _NAMESPACES = (
     ("ipc", linux.CLONE_NEWIPC),
@@ -80,10 +82,14 @@ def settle(order: Order) -> None:
 
 
 def exec_bwrap(order: Order, stdin: int, stdout: int, info: int) -> NoReturn:
-    """Become bubblewrap, as the sandbox's user; the payload copies ``stdin`` to ``stdout``."""
+    """Become bubblewrap, as the sandbox's user; the payload copies ``stdin`` to ``stdout``.
+
+    The payload's descriptors can be taken by the slot, whose user it has: none of them may be worth it.
+    """
     try:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
+        os.dup2(stdout, 2)  # its messages; the server's own standard error must not be had from inside
         parent = os.getppid()
         become_user(order["uid"], order["gid"])
         linux.set_parent_death_signal(signal.SIGKILL)
@@ -141,7 +147,26 @@ def _forbid_user_namespaces() -> None:
 
 
 def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
-    """Become ``uid``, kill all its other processes, remove its files in ``scratch``; whether nothing is left."""
+    """Kill all processes of user ``uid`` and remove its files in ``scratch``; whether nothing is left. As root."""
+    for _ in range(_KILLER_TRIES):  # a process of that user may kill the one that is about to kill it, if it is quick
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = 0 if _kill_all_others(uid, gid) else 1
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status):
+            break
+    if status != 0:
+        return False
+    for directory in scratch:
+        trees.remove_owned(directory, uid)
+    return True
+
+
+def _kill_all_others(uid: int, gid: int) -> bool:
     become_user(uid, gid)
     os.kill(-1, signal.SIGKILL)  # all at once: a process that has this signal pending can't fork
     deadline = time.monotonic() + _KILL_LIMIT
@@ -149,8 +174,6 @@ def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
         if name.isdigit() and int(name) != os.getpid() and not _wait_if_ours(int(name), deadline):
             return False
     linux.remove_ipc_objects(uid)
-    for directory in scratch:
-        trees.remove_owned(directory, uid)
     return True
 
 

@@ -118,7 +118,11 @@ class Host:
                 uid = gid = self._users.next()
         directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
         place = Place(directory, self._etc, uid, gid, network)
-        os.mkdir(directory, 0o711)
+        # A slot can open its workspace to everybody, but not the way to it.
+        os.mkdir(directory, 0o710)
+        if uid != os.geteuid():
+            os.chown(directory, -1, gid)
+            os.chmod(directory, 0o710)
         for path in (place.workspace, place.tmp):
             os.mkdir(path, 0o700)
             if uid != os.geteuid():
@@ -344,6 +348,8 @@ class Host:
             raise RequestFailed("slot_broken", why, may_have_run=False)
         if not job.outcome.lost:
             return False
+        if self._closing:
+            raise RequestFailed("closing", "the server is shutting down", may_have_run=True)
         if not self._holds(slot, token):
             raise protocol.lease_lost(slot, may_have_run=True)
         self._replace_cell(tenancy, job.call.cell)

@@ -31,6 +31,8 @@ CLONE_NEWNET = 0x40000000
 _LAST_CAP = 63
 _CAPABILITY_VERSION_3 = 0x20080522
 _IPC_RMID = 0
+_KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 SYS_landlock_create_ruleset = 444
 SYS_landlock_add_rule = 445
@@ -88,6 +90,19 @@ class _CapData(ctypes.Structure):
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
 
 
+def leave_session_keyring() -> None:
+    """Begin a new, empty session keyring: the inherited one is shared by all that descend from the login or service.
+
+    Nothing where the call is not to be had, as a container's seccomp filter forbids it: then slots can't use it either.
+    """
+    number = _KEYCTL.get(os.uname().machine)
+    if number is not None:
+        try:
+            syscall(number, ctypes.c_int(_KEYCTL_JOIN_SESSION_KEYRING), None)
+        except OSError:
+            pass
+
+
 def drop_capabilities() -> None:
     """Give up every capability, in the bounding set too where that is allowed."""
     for cap in range(_LAST_CAP + 1):
@@ -116,7 +131,8 @@ def remove_ipc_objects(uid: int) -> None:
         except FileNotFoundError:  # a kernel without System V IPC
             continue
         for row in rows:
-            if uid in (int(row["uid"]), int(row["cuid"])) and remove(int(row[f"{kind}id"])) < 0:
+            ident = int(row["msqid" if kind == "msg" else f"{kind}id"])
+            if uid in (int(row["uid"]), int(row["cuid"])) and remove(ident) < 0:
                 raise _failed(f"{kind}ctl")
 
 

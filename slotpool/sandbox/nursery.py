@@ -28,7 +28,6 @@ from .confine import Order
 
 DEAD = b"dead"
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
-_HELPER_TRIES = 50  # a slot's process may kill the helper that is about to kill it, if it is quick
 
 
 class Nursery:
@@ -161,7 +160,7 @@ class Sandbox:
         self._control = None
         return pid
 
-    def help_to_kill(self, act: Callable[[], bool], tries: int = _HELPER_TRIES) -> None:
+    def help_to_kill(self, act: Callable[[], bool]) -> None:
         """Let a child process call ``act``, which kills and says whether nothing is left."""
         pid = os.fork()
         if pid == 0:
@@ -170,16 +169,7 @@ class Sandbox:
             except BaseException as e:
                 print(f"slotpool: can't end a sandbox: {e!r}", file=sys.stderr, flush=True)
                 os._exit(1)
-
-        def helped(status: int) -> None:
-            if status == 0:
-                self.died()
-            elif os.WIFSIGNALED(status) and tries > 1:
-                self.help_to_kill(act, tries - 1)
-            else:
-                self.survived()
-
-        self.nursery.exited[pid] = helped
+        self.nursery.exited[pid] = lambda status: self.died() if status == 0 else self.survived()
 
 
 class PlainSandbox(Sandbox):
@@ -229,7 +219,7 @@ class BwrapSandbox(Sandbox):
 
     def start(self) -> None:
         waits, self._hold = os.pipe()  # the payload, `cat`, waits until all write ends are closed, so it dies with this process
-        os.write(self._hold, b"r")  # and when bubblewrap is done it says so by copying this
+        os.write(self._hold, confine.BWRAP_READY)  # and when bubblewrap is done it says so by copying this
         self._ready, payload_out = os.pipe()
         self._info, bwrap_info = os.pipe()
         pid = os.fork()
@@ -260,14 +250,14 @@ class BwrapSandbox(Sandbox):
     def _join(self) -> None:
         while not self._settled:  # it was written before the payload could start
             self._learn_first()
-        stands = os.read(self._ready, 1)
+        stands = os.read(self._ready, 4096)
         self._close(self._ready)
         if self._ending:
             return
-        if stands:
+        if stands == confine.BWRAP_READY:
             self.attempt(self._fork_into)
         else:
-            self.fail("bubblewrap could not make the namespaces; its message is in the server's log")
+            self.fail(stands.decode("utf-8", "replace").strip() or "bubblewrap ended without a word")
 
     def _fork_into(self) -> None:
         self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
@@ -299,15 +289,31 @@ KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "b
 
 
 def main(argv: list[str]) -> None:
-    control, directory = int(argv[0]), argv[1]
-    for fd in range(4):  # what a slot's shells have; nothing else may ever get these numbers
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    control, directory = _keep_to_ourselves(int(argv[0])), argv[1]
     linux.set_child_subreaper()
     linux.set_undumpable()
     gc.freeze()
     Nursery(socket.socket(fileno=control)).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
+
+
+def _keep_to_ourselves(control: int) -> int:
+    """Let nothing that this program was given go on to bubblewrap; the descriptor that ``control`` has now.
+
+    The numbers up to 3 are what a slot's shells have; nothing else may ever get them.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+        try:
+            if fd > 3:
+                os.set_inheritable(fd, False)
+            elif fd == 3 and fd != null:
+                moved = os.dup(fd)
+                control = moved if fd == control else control
+        except OSError:  # the descriptor of the listing itself
+            pass
+    os.dup2(null, 3, inheritable=False)
+    if null != 3:
+        os.close(null)
+    return control

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from typing import Callable, NoReturn
+from typing import Any, Callable, NoReturn
 
 import attr
 import waitress
@@ -45,18 +45,29 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
             f"refusing to listen on {config.listen} without a token, as everybody who reaches it could run commands; "
             "give one in SLOTPOOL_TOKEN, or listen on 127.0.0.1"
         )
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _exit)
+    _on_signals(_leave)
     host = Host(config.host)
     try:
+        # Requests that wait are answered while the server still runs; only then is it left.
+        _on_signals(lambda *_: threading.Thread(target=_end, args=(host,), name="slotpool-end").start())
         _listen(config, host, on_ready)
     finally:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)  # ending takes a moment, and must not be cut short
+        _on_signals(signal.SIG_IGN)
         host.close()
 
 
-def _exit(signum: int, frame: object) -> NoReturn:
+def _on_signals(handler: Any) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handler)
+    signal.signal(signal.SIGUSR1, _leave)
+
+
+def _end(host: Host) -> None:
+    host.close()
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def _leave(signum: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 

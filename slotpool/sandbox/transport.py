@@ -41,7 +41,9 @@ class Transport:
         self.address = address
         self._connect = _connector(address)
         # The last used is the first taken. Appending and popping are atomic, so there is no lock.
-        self._idle: collections.deque[Any] = collections.deque(maxlen=connections)
+        self._idle: collections.deque[Any] = collections.deque()
+        self._most = connections
+        self._closed = False
         host = urllib.parse.urlsplit(address).netloc.rpartition("@")[2] or "localhost"
         self._fixed = f" HTTP/1.1\r\nHost: {host}\r\n" + (f"Authorization: Bearer {token}\r\n" if token is not None else "")
 
@@ -69,7 +71,7 @@ class Transport:
         except BaseException:
             connection.close()
             raise
-        if keep and len(self._idle) < (self._idle.maxlen or 0):
+        if keep and not self._closed and len(self._idle) < self._most:
             self._idle.append(connection)
         else:
             connection.close()
@@ -103,7 +105,8 @@ class Transport:
             return status, None
 
     def close(self) -> None:
-        """Close idle connections."""
+        """Close the idle connections now, and those in use when their request ends."""
+        self._closed = True
         while True:
             try:
                 self._idle.pop().close()

@@ -8,21 +8,29 @@ import os
 import stat
 from collections.abc import Iterator
 
-_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_ENTRIES = 20_000  # looked at in a shared directory
 
 
 def remove_tree(path: str) -> None:
     """Remove the directory ``path`` and everything in it, whatever it holds.
 
     Works in constant stack, descriptors and path length for any depth: a directory found inside is first moved
-    up to the top, so nothing is ever addressed deeper than two levels. Links are removed, never followed. No process
-    that could write to the tree may be alive. A missing ``path`` is no error; safe to repeat.
+    up to the top, so nothing is ever addressed deeper than two levels. Links are removed, never followed, even if somebody
+    changes the tree meanwhile. A missing ``path`` is no error; safe to repeat.
 
     :raises OSError: if something can't be removed.
     """
+    parent = os.open(os.path.dirname(path) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
     try:
-        os.chmod(path, 0o700)
-        top = os.open(path, _OPEN)
+        _remove(os.path.basename(path), parent)
+    finally:
+        os.close(parent)
+
+
+def _remove(name: str, parent: int) -> None:
+    try:
+        top = _open(name, parent)
     except FileNotFoundError:
         return
     try:
@@ -30,17 +38,35 @@ def remove_tree(path: str) -> None:
         names = (f".{os.urandom(8).hex()}-{n}" for n in itertools.count())
         pending = _clear(top)
         while pending:
-            name = pending.pop()
-            os.chmod(name, 0o700, dir_fd=top)
-            inner = os.open(name, _OPEN, dir_fd=top)
+            inner_name = pending.pop()
+            inner = _open(inner_name, top)
             try:
                 pending.extend(_move_up(_clear(inner), inner, top, names))
             finally:
                 os.close(inner)
-            _remove_dir(name, top, pending)
+            _remove_dir(inner_name, top, pending)
     finally:
         os.close(top)
-    os.rmdir(path)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _open(name: str, parent: int) -> int:
+    """Open a directory and make it the owner's alone, whatever its mode was."""
+    try:
+        fd = os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=parent)
+    except PermissionError:
+        handle = os.open(name, os.O_PATH | _DIRECTORY, dir_fd=parent)
+        try:
+            os.chmod(f"/proc/self/fd/{handle}", 0o700)
+        finally:
+            os.close(handle)
+        fd = os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=parent)
+    try:
+        os.fchmod(fd, 0o700)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _clear(directory: int) -> list[str]:
@@ -58,7 +84,7 @@ def _clear(directory: int) -> list[str]:
 def _move_up(inner: list[str], directory: int, top: int, names: Iterator[str]) -> list[str]:
     moved = []
     for name in inner:
-        os.chmod(name, 0o700, dir_fd=directory)  # moving a directory writes to it, as its `..` changes
+        os.close(_open(name, directory))  # moving a directory writes to it, as its `..` changes
         target = next(names)
         os.rename(name, target, src_dir_fd=directory, dst_dir_fd=top)
         moved.append(target)
@@ -75,20 +101,42 @@ def _remove_dir(name: str, top: int, pending: list[str]) -> None:
 
 
 def remove_owned(directory: str, uid: int) -> None:
-    """Remove what user ``uid`` owns directly in the shared ``directory`` (``/tmp``, ``/dev/shm``)."""
+    """Remove what user ``uid`` owns below the shared ``directory`` (``/tmp``, ``/dev/shm``), wherever it could get to.
+
+    Others may use the directory meanwhile. Gives up quietly after ``_MOST_ENTRIES``: what is left then belongs to a user
+    that no lease has for a long time.
+    """
+    pending: list[int] = []
+    budget = _MOST_ENTRIES
     try:
-        entries = os.scandir(directory)
+        pending.append(os.open(directory, os.O_RDONLY | _DIRECTORY))
+        while pending:
+            fd = pending.pop()
+            try:
+                budget -= _remove_owned_entries(fd, uid, pending, budget)
+            finally:
+                os.close(fd)
     except FileNotFoundError:
-        return
-    with entries:
-        for entry in entries:
+        pass
+    finally:
+        for fd in pending:
+            os.close(fd)
+
+
+def _remove_owned_entries(directory: int, uid: int, pending: list[int], budget: int) -> int:
+    seen = 0
+    with os.scandir(directory) as entries:
+        for entry in itertools.islice(entries, max(0, budget)):
+            seen += 1
             try:
                 info = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
+                if stat.S_ISDIR(info.st_mode):
+                    if info.st_uid == uid:
+                        _remove(entry.name, directory)
+                    elif info.st_mode & stat.S_IXOTH and len(pending) < 500:
+                        pending.append(os.open(entry.name, os.O_RDONLY | _DIRECTORY, dir_fd=directory))
+                elif info.st_uid == uid:
+                    os.unlink(entry.name, dir_fd=directory)
+            except (FileNotFoundError, PermissionError, NotADirectoryError):  # its owner was quicker
                 continue
-            if info.st_uid != uid:
-                continue
-            if stat.S_ISDIR(info.st_mode):
-                remove_tree(entry.path)
-            else:
-                os.unlink(entry.path)
+    return seen

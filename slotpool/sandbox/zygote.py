@@ -60,6 +60,7 @@ def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _keep_only(control)
         linux.set_undumpable()
+        linux.leave_session_keyring()
         enter()
         linux.set_child_subreaper()
         confine.settle(order)

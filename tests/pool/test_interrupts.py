@@ -1,0 +1,100 @@
+"""Ctrl-C: the command ends, the slot comes back clean; in a script and in a Jupyter cell."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PACKAGE, wait_until
+
+from slotpool import SlotPool
+
+
+def test_ctrl_c_in_a_script_ends_the_command_and_gives_the_slot_back() -> None:
+    script = (
+        "import time\n"
+        "from slotpool import SlotPool\n"
+        "with SlotPool(slots_per_container=1, max_containers=1) as pool:\n"
+        "    try:\n"
+        "        with pool.slot() as s:\n"
+        "            print('ready', flush=True)\n"
+        "            s.bash('touch f; sleep 1010', timeout=2000)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', flush=True)\n"
+        "    with pool.slot(timeout=30) as s:\n"
+        "        print(s.bash('ls -A; pgrep -c sleep').stdout, flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+        cwd="/",
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    asleep = ["pgrep", "-f", "^sleep 1010$"]
+    assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).returncode == 0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == (b"interrupted\n0\n\n", b"", 0)
+
+
+def test_ctrl_c_while_waiting_for_a_slot_leaves_the_line() -> None:
+    with SlotPool(slots_per_container=1, max_containers=1) as pool:
+        held = pool.acquire()
+
+        def interrupt() -> None:
+            assert wait_until(lambda: pool.get_stats()["requests_waiting"] == 1)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.acquire(timeout=100)
+        thread.join()
+        assert pool.get_stats()["requests_waiting"] == 0
+        held.release()
+        pool.acquire(timeout=30).release()
+
+
+def test_interrupting_a_jupyter_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", PACKAGE)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
+    cells = [
+        "from slotpool import SlotPool\npool = SlotPool(slots_per_container=1, max_containers=1).start()",
+        "with pool.slot() as s:\n    s.bash('touch f; sleep 1011', timeout=2000)",
+        "with pool.slot(timeout=30) as s:\n    print(s.bash('ls -A; pgrep -c sleep; echo well').stdout)",
+        "pool.stop()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(notebook, timeout=60, allow_errors=True, kernel_name="python3")
+
+    async def run() -> None:
+        async with client.async_setup_kernel():
+            await client.async_execute_cell(notebook.cells[0], 0)
+            running = asyncio.ensure_future(client.async_execute_cell(notebook.cells[1], 1))
+            deadline = time.monotonic() + 30
+            while subprocess.run(["pgrep", "-f", "^sleep 1011$"], capture_output=True, check=False).returncode:
+                assert time.monotonic() < deadline, "the command did not start"
+                await asyncio.sleep(0.05)
+            await client.km.interrupt_kernel()
+            await running
+            await client.async_execute_cell(notebook.cells[2], 2)
+            await client.async_execute_cell(notebook.cells[3], 3)
+
+    asyncio.run(run())
+    assert [out.ename for out in notebook.cells[1].outputs] == ["KeyboardInterrupt"]
+    assert notebook.cells[2].outputs[0].text == "0\nwell\n\n"
+    assert notebook.cells[3].outputs == []

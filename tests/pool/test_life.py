@@ -1,0 +1,258 @@
+"""Start and stop, scaling, and every way in which a pool or its servers may end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PACKAGE, StartServer, slotpool_processes, state_directories, wait_until
+
+from slotpool import ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
+from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
+
+
+def python(script: str, **more: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/", **more
+    )
+
+
+def servers() -> list[int]:
+    return [int(line.split(":")[0]) for line in slotpool_processes() if "-m slotpool.sandbox" in line]
+
+
+def test_a_pool_starts_once_and_stops_for_good() -> None:
+    pool = SlotPool(SlotPoolConfig(slots_per_container=2, max_containers=1))
+    with pytest.raises(PoolClosed, match="started"):
+        pool.acquire()
+    assert pool.start() is pool
+    assert pool.start() is pool
+    assert pool.total_slots == 2
+    slot = pool.acquire()
+    assert (pool.acquired_slots, pool.available_slots) == (1, 1)
+    pool.stop()
+    pool.stop()
+    with pytest.raises(LeaseLost, match="stopped"):
+        slot.bash("true")
+    slot.release()
+    with pytest.raises(PoolClosed):
+        pool.acquire()
+    with pytest.raises(PoolClosed, match="another"):
+        pool.start()
+    assert pool.get_stats()["started"] is False
+
+
+def test_stopping_wakes_who_waits_and_who_runs() -> None:
+    pool = SlotPool(slots_per_container=1, max_containers=1).start()
+    slot = pool.acquire()
+    ends: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            pool.acquire(timeout=100)
+        except PoolClosed as e:
+            ends.append(e)
+
+    def run() -> None:
+        try:
+            slot.bash("touch begun; sleep 100", timeout=200)
+        except SlotPoolError as e:
+            ends.append(e)
+
+    threads = [threading.Thread(target=wait), threading.Thread(target=run)]
+    for thread in threads:
+        thread.start()
+    assert wait_until(lambda: pool.get_stats()["requests_waiting"] == 1 and slot.bash("ls").stdout)
+    pool.stop()
+    for thread in threads:
+        thread.join()
+    assert len(ends) == 2
+
+
+def test_an_isolation_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(slotpool_processes())
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(IsolationUnavailable, match="apt-get install bubblewrap"):
+        SlotPool(isolation="bwrap").start()
+    assert set(slotpool_processes()) == before
+
+
+def test_auto_is_never_silently_weaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # no bubblewrap
+    if os.geteuid() == 0:
+        with SlotPool(slots_per_container=1) as pool, pool.slot() as s:
+            assert s.bash("true").metadata["isolation"] == "user"
+            assert pool.get_stats()["isolation"] == ["user"]
+    else:
+        with pytest.raises(IsolationUnavailable):
+            SlotPool(slots_per_container=1).start()
+
+
+def test_a_server_that_cannot_start_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartFailed, match="file"):
+        SlotPool(state_dir=str(tmp_path / "file")).start()
+
+
+def test_demand_brings_containers_about_in_one_step_and_lack_of_it_ends_them() -> None:
+    with SlotPool(slots_per_container=2, max_containers=4, scale_down_after=0.5, health_check_interval=0.1) as pool:
+        assert pool.get_stats()["containers"] == 1
+        slots: list[Any] = []
+        threads = [threading.Thread(target=lambda: slots.append(pool.acquire())) for _ in range(7)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert pool.get_stats()["containers"] == 4
+        last = max(slots, key=lambda s: s._tenure.container.member.index)
+        assert last.bash("echo held > f; cat f").stdout == "held\n"
+        for slot in slots:
+            if slot is not last:
+                slot.release()
+        time.sleep(1.0)
+        assert last.bash("cat f").stdout == "held\n", "never under a lease"
+        last.release()
+        assert wait_until(lambda: pool.get_stats()["containers"] == 1 and len(servers()) == 1)
+        assert pool.get_stats()["leases_lost"] == 0
+        with pool.slot() as s:
+            assert s.bash("echo well").stdout == "well\n"
+
+
+def test_an_empty_pool_starts_with_the_first_caller() -> None:
+    with SlotPool(slots_per_container=1, min_containers=0) as pool:
+        assert pool.total_slots == 0
+        with pool.slot() as s:
+            assert s.bash("echo well").stdout == "well\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_dies_is_told_and_replaced(how: signal.Signals) -> None:
+    with SlotPool(slots_per_container=2, max_containers=1, health_check_interval=0.2) as pool:
+        slot = pool.acquire()
+        slot.bash("setsid sleep 1007 & disown")
+        failures: list[SlotPoolError] = []
+
+        def run() -> None:
+            try:
+                slot.bash("touch begun; sleep 100", timeout=200)
+            except SlotPoolError as e:
+                failures.append(e)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert wait_until(lambda: slot.bash("ls").stdout == "begun\n")
+        (server,) = servers()
+        os.kill(server, how)
+        thread.join()
+        assert isinstance(failures[0], (ContainerLost, LeaseLost))
+        assert failures[0].may_have_run
+        assert wait_until(lambda: slot.state is SlotState.ERROR)
+        with pytest.raises(LeaseLost):
+            slot.bash("true")
+        slot.release()
+        with pool.slot() as s:
+            assert s.bash("ls -A; echo well").stdout == "well\n"
+        assert pool.get_stats()["containers_lost"] == 1
+
+
+def test_a_server_that_hangs_is_replaced_after_a_time_to_live() -> None:
+    with SlotPool(slots_per_container=1, max_containers=1, lease_ttl=1.0, health_check_interval=0.2) as pool:
+        with pool.slot() as s:
+            s.bash("true")
+        (server,) = servers()
+        os.kill(server, signal.SIGSTOP)
+        assert wait_until(lambda: servers() not in ([server], []), 30)
+        with pool.slot(timeout=30) as s:
+            assert s.bash("echo well").stdout == "well\n"
+
+
+@pytest.mark.parametrize("isolation", ["bwrap", "user", "none"])
+def test_nothing_outlives_a_killed_parent(isolation: str) -> None:
+    if isolation == "user" and os.geteuid() != 0:
+        pytest.skip("user mode needs root")
+    before = set(slotpool_processes()), state_directories()
+    parent = python(
+        "from slotpool import SlotPool\n"
+        f"pool = SlotPool(slots_per_container=2, isolation={isolation!r}).start()\n"
+        "s = pool.acquire()\n"
+        "s.bash('setsid sleep 1008 & disown')\n"
+        "print('ready', flush=True)\n"
+        "s.bash('sleep 1009', timeout=2000)\n"
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"ready\n"
+    parent.kill()
+    parent.communicate()
+    sleeping = ["pgrep", "-f", "^sleep 100[89]$"]
+    assert wait_until(lambda: set(slotpool_processes()) <= before[0] and state_directories() == before[1])
+    assert wait_until(lambda: subprocess.run(sleeping, capture_output=True, check=False).returncode == 1)
+
+
+def test_a_script_that_ends_without_stopping_leaves_nothing() -> None:
+    before = set(slotpool_processes()), state_directories()
+    script = python("from slotpool import SlotPool\npool = SlotPool(slots_per_container=2).start()\ns = pool.acquire()\nprint(s.bash('echo hi').stdout)")
+    out, err = script.communicate(timeout=60)
+    assert (out, err, script.returncode) == (b"hi\n\n", b"", 0)
+    assert set(slotpool_processes()) <= before[0]
+    assert state_directories() == before[1]
+
+
+def test_a_forked_child_can_neither_use_nor_break_the_pool(pool: SlotPool) -> None:
+    with pool.slot() as s:
+        s.bash("echo kept > f")
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for act in (pool.acquire, lambda: s.bash("rm f")):
+                    try:
+                        act()
+                    except (PoolClosed, LeaseLost) as e:
+                        code = 0 if str(os.getppid()) in str(e) else 2
+                s.release()
+                pool.stop()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+        assert s.bash("cat f").stdout == "kept\n"
+
+
+def test_two_pools_share_a_standing_server(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=3)
+    settings: dict[str, Any] = {"servers": [server.address], "token": server.token, "lease_ttl": 2}
+    with SlotPool(**settings) as one, SlotPool(**settings) as other:
+        assert one.total_slots == 3
+        first, second = one.acquire(), other.acquire()
+        assert first.slot_id != second.slot_id
+        waited: list[str] = []
+        thread = threading.Thread(target=lambda: waited.append(other.acquire(timeout=60).slot_id))
+        third = one.acquire()
+        thread.start()
+        assert wait_until(lambda: other.get_stats()["requests_waiting"] == 1)
+        third.bash("echo mine > f")
+        third.release()
+        thread.join()
+        assert waited == [third.slot_id]
+        time.sleep(2.5)
+        assert first.bash("echo renewed").stdout == "renewed\n"
+    assert server.free(3)
+
+
+def test_a_standing_server_that_is_not_there_is_told() -> None:
+    with pytest.raises(StartFailed, match="no answer"):
+        SlotPool(servers=["http://127.0.0.1:9"], start_timeout=5).start()
+
+
+def test_the_wrong_token_is_told(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    with pytest.raises(StartFailed, match="token"):
+        SlotPool(servers=[server.address], token="wrong", start_timeout=5).start()
