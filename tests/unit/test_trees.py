@@ -75,6 +75,12 @@ def test_a_tree_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     remove_tree(str(tmp_path / "tree"))
 
 
+def test_a_path_that_ends_with_a_slash_is_the_same_tree(tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    remove_tree(f"{tmp_path}/tree/")
+    assert os.listdir(tmp_path) == []
+
+
 def test_depth_costs_no_stack_no_descriptors_and_no_path_length(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     nest(tree, 1600, "a-name-so-long-that-the-path-is-far-beyond-what-a-system-call-takes")
@@ -219,6 +225,19 @@ def test_of_a_shared_directory_only_one_users_things_are_removed(tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["1002", "1002.fifo", "1002.file", "1002.link", "root"]
     assert (tmp_path / "1002" / "inner" / "file").exists()
     assert (tmp_path / "root" / "file").exists()
+
+
+def test_what_a_user_has_put_into_another_ones_open_directory_goes_too(tmp_path: Path) -> None:
+    if not ROOT:
+        pytest.skip("needs root, to make files of several users")
+    (tmp_path / "open" / "theirs" / "inner").mkdir(parents=True)
+    (tmp_path / "open" / "kept").touch()
+    os.chown(tmp_path / "open" / "theirs", 1001, 1001)
+    (tmp_path / "open").chmod(0o1777)
+    (tmp_path / "link").symlink_to(tmp_path / "open")
+    remove_owned(str(tmp_path), 1001)
+    assert os.listdir(tmp_path / "open") == ["kept"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "open"]
 
 
 def test_a_shared_directory_itself_stays(tmp_path: Path) -> None:
