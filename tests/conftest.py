@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import attr
 import pytest
@@ -151,7 +151,7 @@ def start_server() -> Iterator[StartServer]:
         if why_not:
             pytest.skip(why_not)
         more: dict[str, Any] = {}
-        state_dir: Optional[str] = None
+        state_dir: str | None = None
         if mode == "bwrap-as-user":
             user = pwd.getpwnam(ORDINARY_USER)
             state_dir = tempfile.mkdtemp(prefix="test-slotpool-")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import urllib.parse
-from typing import Callable, Optional
+from typing import Callable
 
 # What a test decides on: the direction ("request" or "answer") and the bytes so far in it, on this connection.
 Cut = Callable[[str, bytes], bool]
@@ -74,7 +74,7 @@ class CuttingProxy:
             end.close()
 
 
-def _received(source: socket.socket) -> Optional[bytes]:
+def _received(source: socket.socket) -> bytes | None:
     try:
         return source.recv(65536)
     except OSError:

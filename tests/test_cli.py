@@ -78,6 +78,6 @@ def test_bench_prints_figures_beside_their_baselines() -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     names = [figure["name"] for figure in told["figures"]]
-    for part in ('s.bash("true"), 10 ms apart', "back to back", "slots at once", "acquire + release", "batch", "1 MiB", "memory"):
+    for part in ('s.bash("true"), 10 ms apart', "back to back", "at once", "acquire + release", "batch", "1 MiB", "memory"):
         assert any(part in name for name in names), part
     assert all(figure["value"] is None or figure["value"] > 0 for figure in told["figures"])

@@ -198,7 +198,12 @@ def test_nothing_outlives_a_killed_parent(isolation: str) -> None:
 
 def test_a_script_that_ends_without_stopping_leaves_nothing() -> None:
     before = set(slotpool_processes()), state_directories()
-    script = python("from slotpool import SlotPool\npool = SlotPool(slots_per_container=2).start()\ns = pool.acquire()\nprint(s.bash('echo hi').stdout)")
+    script = python(
+        "from slotpool import SlotPool\n"
+        "pool = SlotPool(slots_per_container=2).start()\n"
+        "s = pool.acquire()\n"
+        "print(s.bash('echo hi').stdout)\n"
+    )
     out, err = script.communicate(timeout=60)
     assert (out, err, script.returncode) == (b"hi\n\n", b"", 0)
     assert set(slotpool_processes()) <= before[0]

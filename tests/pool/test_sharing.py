@@ -61,8 +61,13 @@ def test_waiters_are_served_in_the_order_they_came(pool: SlotPool) -> None:
     slots = [pool.acquire() for _ in range(4)]
     order: list[int] = []
     threads = []
+
+    def wait(i: int) -> None:
+        with pool.slot():
+            order.append(i)
+
     for i in range(8):
-        thread = threading.Thread(target=lambda i=i: (order.append(i), pool.release(s)) if (s := pool.acquire()) else None)
+        thread = threading.Thread(target=wait, args=(i,))
         before = pool.get_stats()["requests_waiting"]
         thread.start()
         threads.append(thread)
@@ -95,7 +100,7 @@ def test_an_untouched_slot_is_handed_on_and_its_old_handle_is_void(pool: SlotPoo
 def test_a_wait_that_runs_out_says_what_for() -> None:
     with SlotPool(slots_per_container=1, max_containers=1) as pool:
         held = pool.acquire()
-        with pytest.raises(AcquireTimeout, match="1 of 1 slots are held by this pool.*at most 1 containers of 1"):
+        with pytest.raises(AcquireTimeout, match=r"1 of 1 slots are held by this pool.*at most 1 containers of 1"):
             pool.acquire(timeout=0.2)
         with pytest.raises(TimeoutError):
             pool.acquire(timeout=0)

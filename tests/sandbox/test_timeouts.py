@@ -44,7 +44,7 @@ def test_a_process_that_ignores_signals_and_hides_is_killed(start_server: StartS
         "os.environ.clear()\n"
         "os.execve('/bin/sleep', ['sleep', '104'], {})\n"
     )
-    result = server.bash(lease, f"python3 -c \"{hide}\"; echo up; while :; do :; done", timeout=1.5)
+    result = server.bash(lease, f'python3 -c "{hide}"; echo up; while :; do :; done', timeout=1.5)
     assert result["timed_out"]
     assert result["stdout"] == "up\n"
     assert server.bash(lease, COUNT)["stdout"].strip() == "0"

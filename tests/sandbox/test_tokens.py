@@ -30,8 +30,10 @@ def check_refused(server: Server, slot: str, token: str) -> None:
         with pytest.raises(LeaseLost) as lost:
             call()
         assert not lost.value.may_have_run, name
-    batch = {"slot": slot, "lease": token, "execution_id": "x", "tool": "bash", "args": {"command": "touch trace"}, "timeout": 5.0}
-    (answer,) = server.client.batch([batch])  # type: ignore[list-item]
+    args = {"command": "touch trace"}
+    (answer,) = server.client.batch(
+        [{"slot": slot, "lease": token, "execution_id": "x", "tool": "bash", "args": args, "timeout": 5.0}]
+    )
     assert isinstance(answer, LeaseLost)
     assert server.client.renew([token]) == [token]
     status, _ = server.client._http.json(
