@@ -32,7 +32,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _integer(low: int, high: int) -> _Validator:
@@ -56,6 +56,8 @@ def _is_address(address: Any) -> bool:
         return False
     try:
         parts = urllib.parse.urlsplit(address)
+        if parts.port is None and parts.netloc.endswith(":"):
+            return False
         return bool((parts.scheme in ("http", "https") and parts.hostname) or (parts.scheme == "unix" and parts.path))
     except ValueError:
         return False
@@ -64,6 +66,14 @@ def _is_address(address: Any) -> bool:
 _path = _check("an absolute path", lambda v: _text(v) and os.path.isabs(v))
 _names = _check("names", lambda v: isinstance(v, tuple) and all(map(_text, v)))
 _string = _check("a non-empty string", _text)
+
+
+def _secret(_: Any, attribute: attr.Attribute[Any], value: Any) -> None:
+    """As a header can carry it (RFC 6750); the error does not show it."""
+    if not isinstance(value, str) or not value or not all("!" <= c <= "~" for c in value):
+        raise ConfigError(attribute.name, "printable ASCII characters without spaces", "something else (not shown)")
+
+
 _flag = _check("True or False", lambda v: isinstance(v, bool))
 
 
@@ -129,7 +139,7 @@ class SlotPoolConfig:
     servers: tuple[str, ...] = _field((), _urls, converter=_strings)
     nomad_address: str | None = attr.ib(validator=_or_none(_check("an address such as 'http://host:4646'", _is_address)))
     backend: str = attr.ib(validator=_one_of(*BACKENDS))
-    token: str | None = attr.ib(validator=_or_none(_string), repr=False)
+    token: str | None = attr.ib(validator=_or_none(_secret), repr=False)
     slots_per_container: int = _field(10, _integer(1, 1000))
     min_containers: int = _field(1, _integer(0, 10_000))
     max_containers: int = _field(10, _integer(1, 10_000))

@@ -8,6 +8,7 @@ import select
 import struct
 import termios
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Callable
 
@@ -26,7 +27,8 @@ class Output:
         self._head_limit = limit // 2
         self._tail_limit = limit - self._head_limit
         self._head = bytearray()
-        self._tail = b""
+        self._tail: deque[bytes] = deque()  # chunks; the first may begin before the tail does
+        self._tail_size = 0
         self._total = 0
 
     def add(self, chunk: bytes) -> None:
@@ -35,13 +37,19 @@ class Output:
         if room > 0:
             self._head += chunk[:room]
             chunk = chunk[room:]
-        if chunk:
-            self._tail = (self._tail + chunk)[-self._tail_limit :] if self._tail_limit else b""
+        if chunk and self._tail_limit:
+            self._tail.append(chunk)
+            self._tail_size += len(chunk)
+            while self._tail_size - len(self._tail[0]) >= self._tail_limit:
+                self._tail_size -= len(self._tail.popleft())
+
+    def _tail_bytes(self) -> bytes:
+        return b"".join(self._tail)[-self._tail_limit :] if self._tail else b""
 
     @property
     def omitted(self) -> int:
         """Bytes left out between head and tail."""
-        return self._total - len(self._head) - len(self._tail)
+        return self._total - len(self._head) - min(self._tail_size, self._tail_limit)
 
     @property
     def truncated(self) -> bool:
@@ -49,21 +57,23 @@ class Output:
 
     def kept(self) -> bytes:
         """What was kept."""
-        return bytes(self._head) + self._tail
+        return bytes(self._head) + self._tail_bytes()
 
     def ends_with(self, suffix: bytes) -> bool:
-        return not self.truncated and self.kept().endswith(suffix)
+        return self.kept().endswith(suffix)
 
     def text(self) -> str:
         """What was kept, as UTF-8, other bytes as surrogate escapes; a line in between says how much was left out."""
         if not self.truncated:
             return self.kept().decode("utf-8", "surrogateescape")
-        head = bytes(self._head[: _whole_characters(self._head)]).decode("utf-8", "surrogateescape")
+        head = bytes(self._head[: _whole_characters(self._head)])
+        tail = self._tail_bytes()
         start = 0
-        while start < min(3, len(self._tail)) and self._tail[start] & 0xC0 == 0x80:
+        while start < min(3, len(tail)) and tail[start] & 0xC0 == 0x80:
             start += 1  # the rest of a character whose beginning was left out
-        tail = self._tail[start:].decode("utf-8", "surrogateescape")
-        return f"{head}\n[... {self.omitted} bytes left out ...]\n{tail}"
+        omitted = self._total - len(head) - len(tail) + start
+        parts = head, f"\n[... {omitted} bytes left out ...]\n".encode(), tail[start:]
+        return b"".join(parts).decode("utf-8", "surrogateescape")
 
 
 def _whole_characters(data: bytearray) -> int:

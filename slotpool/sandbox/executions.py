@@ -63,10 +63,17 @@ class Executions:
                         got="one that was used for another",
                     )
                 return known, False
-            execution = self._known[execution_id] = Execution(request)
-            if len(self._known) > _KNOWN_IDS:
-                self._known.popitem(last=False)
+            execution = Execution(request)
+            self._add(execution_id, execution)
             return execution, True
+
+    def _add(self, execution_id: str, execution: Execution) -> None:
+        """The lock is held."""
+        self._known[execution_id] = execution
+        if len(self._known) > _KNOWN_IDS:
+            oldest = next((key for key, known in self._known.items() if known.done.is_set()), None)
+            if oldest is not None:
+                del self._known[oldest]
 
     def started(self, execution: Execution, cancel: Callable[[], None]) -> None:
         """``cancel`` can be called from now on."""
@@ -91,8 +98,10 @@ class Executions:
         with self._lock:
             execution = self._known.get(execution_id)
             if execution is None:
-                execution = self._known[execution_id] = Execution(_CANCELLED)
+                why = "it was cancelled before it began"
+                execution = Execution(_CANCELLED, failure=RequestFailed("result_gone", why, may_have_run=False))
                 execution.done.set()
+                self._add(execution_id, execution)
                 return False
             if execution.done.is_set():
                 return False

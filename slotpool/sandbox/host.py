@@ -31,6 +31,7 @@ from .warmer import Warmer
 
 log = logging.getLogger(__name__)
 
+_PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _CLEANERS = 8  # threads that make slots ready
 FILE_LIMIT = 300.0  # seconds for a file to be read or written
 
@@ -141,9 +142,9 @@ class Host:
                 if not old.cell.destroy():
                     raise SandboxStartFailed("processes of the last lease could not be killed")
                 trees.remove_tree(old.place.directory)
-            if self._closing:
+            tenancy = self._new_tenancy_with_patience(network)
+            if tenancy is None:
                 return
-            tenancy = self._new_tenancy(network)
         except Exception as e:
             log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed))
             with self._changed:
@@ -154,6 +155,21 @@ class Host:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
             self._changed.notify_all()
+
+    def _new_tenancy_with_patience(self, network: bool) -> Tenancy | None:
+        """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""
+        for pause in (*_PATIENCE, None):
+            if self._closing:
+                return None
+            try:
+                return self._new_tenancy(network)
+            except (SandboxStartFailed, OSError) as e:
+                if pause is None or self._closing:
+                    raise
+                log.warning("a sandbox could not be made, trying again in %g s: %s", pause, e)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, pause)
+        raise AssertionError
 
     def _new_tenancy(self, network: bool) -> Tenancy:
         place = self._make_place(self.isolation, network)
@@ -336,7 +352,7 @@ class Host:
                 call = tool.start(tenancy.cell)
             except OSError as e:
                 raise RequestFailed("slot_broken", f"the slot's processes are gone: {e}", may_have_run=False) from e
-        return Job(call, time.monotonic() + timeout, tool.stdout_limit, self.config.max_output, on_end)
+        return Job(call, time.monotonic() + timeout, tool.stdout_limit, tool.stderr_limit, on_end)
 
     def check(self, job: Job, tenancy: Tenancy, slot: str, token: str) -> bool:
         """Deal with a lost outcome; whether the slot's processes had to be replaced.

@@ -104,7 +104,7 @@ class Isolation:
                 "USER": INNER_USER,
                 "LOGNAME": INNER_USER,
                 "SHELL": "/bin/bash",
-                "LANG": "C.UTF-8",
+                "LC_CTYPE": "C.UTF-8",  # and not LANG, as each shell would read a dozen files more when it starts
                 "TERM": "dumb",
                 "TMPDIR": "/tmp" if self.mode == "bwrap" else place.tmp,
             },

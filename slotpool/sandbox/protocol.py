@@ -36,6 +36,7 @@ Errors are ``{"error": {"code", "message", ...}}`` with one of the statuses in :
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -140,10 +141,11 @@ def to_exception(status: int, body: object, sent_before: bool) -> errors.SlotPoo
             str(error.get("field", "request")), str(error.get("expected", message)), str(error.get("got", "something else"))
         )
     if code == "file_error":
-        return errors.FileError(int(error.get("errno", 5)), message, str(error.get("path", "")))
+        number = error.get("errno")
+        return errors.FileError(number if isinstance(number, int) else errno.EIO, message, str(error.get("path", "")))
     kind = _SLOT_ERRORS.get(str(code), errors.ContainerRefused)
-    # A wrong answer says nothing about what happened behind it.
-    maybe = bool(error.get("may_have_run", code in _MAY_HAVE_RUN or code is None))
+    # An answer that is not slotpool's says nothing about what happened behind it.
+    maybe = bool(error.get("may_have_run", str(code) in _MAY_HAVE_RUN or str(code) not in _SLOT_ERRORS))
     return kind(message, may_have_run=sent_before or maybe)
 
 

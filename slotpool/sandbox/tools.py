@@ -19,10 +19,10 @@ from .cell import Call, Cell
 from .protocol import RequestFailed
 
 MAX_COMMAND = 1024 * 1024  # bytes
+_MAX_FAILURE = 4096  # bytes in which a file tool tells what went wrong
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 # Bash does not let these be set.
 _READONLY = frozenset("BASHOPTS BASH_VERSINFO EUID PPID SHELLOPTS UID".split())
-_NONCE = secrets.token_hex(16).encode()
 
 
 @attr.s(slots=True, auto_attribs=True, frozen=True)
@@ -40,6 +40,7 @@ class Tool(Protocol):
     """One use of a tool, its arguments checked."""
 
     stdout_limit: int  # bytes kept of what it prints
+    stderr_limit: int
 
     def start(self, cell: Cell) -> Call:
         """Begin; the caller drives the call to its end.
@@ -69,10 +70,13 @@ class Bash:
         # What bash sources before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
         parts = [b"exec 3<&-;SECONDS=0"]
         self._cwd = ""
+        self._nonce = secrets.token_hex(16).encode()
+        self.stderr_limit = max(setting.max_output, 2 * len(self._nonce))
         if args.get("cwd") is not None:
             cwd = _text(args, "cwd")
             self._cwd = os.fsdecode(cwd)
-            parts.append(b"cd -- %s||{ printf %%s %s >&2;exit 1;}" % (_quote(cwd), _NONCE))
+            target = b"./" + cwd if cwd.startswith(b"-") else cwd  # `cd -` is another matter
+            parts.append(b"cd -- %s||{ printf %%s %s >&2;exit 1;}" % (_quote(target), self._nonce))
         for name, value in self._env(args).items():
             parts.append(b"export %s=%s" % (name.encode(), _quote(value)))
         parts.append(b"set -- " + _quote(command))
@@ -89,7 +93,7 @@ class Bash:
         for name in env:
             if not isinstance(name, str) or not _NAME.match(name) or name in _READONLY:
                 raise protocol.invalid("env", "names that a shell can set: letters, digits and _, not read-only in bash", name)
-        return {name: _text(env, name) for name in env}
+        return {name: _text(env, name, field=f"env.{name}") for name in env}
 
     @staticmethod
     def _check_wishes(args: Mapping[str, Any], setting: Setting) -> None:
@@ -107,7 +111,7 @@ class Bash:
         return cell.shell(self._script, self._stdin)
 
     def error(self, outcome: Outcome) -> str:
-        if self._cwd and outcome.stderr.ends_with(_NONCE):
+        if self._cwd and outcome.stderr.ends_with(self._nonce):
             raise protocol.invalid("cwd", "a directory that can be entered in the slot", self._cwd)
         return ""
 
@@ -119,6 +123,7 @@ class ReadFile:
         _refuse_unknown(args, "path")
         self._path = inside(args, setting.workspace)
         self.stdout_limit = self._limit = setting.max_file
+        self.stderr_limit = _MAX_FAILURE
 
     def start(self, cell: Cell) -> Call:
         return cell.read(self._path, self._limit)
@@ -135,7 +140,7 @@ class WriteFile:
         self._path = inside(args, setting.workspace)
         content = args.get("content")
         self._content = content if isinstance(content, bytes) else _text(args, "content", nul=True)
-        self.stdout_limit = setting.max_output
+        self.stdout_limit = self.stderr_limit = _MAX_FAILURE
         if len(self._content) > setting.max_file:
             raise protocol.invalid("content", f"at most {setting.max_file} bytes", f"{len(self._content)} bytes")
 
@@ -169,9 +174,10 @@ def _refuse_unknown(args: Mapping[str, Any], *known: str) -> None:
             raise protocol.invalid("args", "only " + ", ".join(known), name)
 
 
-def _text(args: Mapping[str, Any], name: str, nul: bool = False) -> bytes:
+def _text(args: Mapping[str, Any], name: str, nul: bool = False, field: str | None = None) -> bytes:
     """The argument as bytes: UTF-8, where surrogate escapes stand for bytes that are not."""
     value = args.get(name)
+    name = field or name
     if not isinstance(value, str):
         raise protocol.invalid(name, "a string", value)
     if not nul and "\0" in value:
@@ -213,6 +219,6 @@ def file_failure(told: bytes, path: str) -> RequestFailed:
         values = json.loads(told)
         if isinstance(values, list) and len(values) == 2 and isinstance(values[0], int) and 0 < values[0] < 4096:
             code, message = values[0], str(values[1])[:500]
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return RequestFailed("file_error", message, errno=code, path=path)

@@ -19,6 +19,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 CONNECT_TIMEOUT = 5.0  # seconds
 _MAX_HEAD = 65536
+_MAX_BODY = 1 << 34
 _READ_SIZE = 1 << 18
 _JOINED = 1 << 16  # bodies up to this size are sent together with the head
 
@@ -173,9 +174,9 @@ def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout
             length = int(value)
         elif name == b"connection" and value.strip().lower() == b"close":
             keep = False
-    if length is None:
-        raise ValueError(f"an answer without Content-Length: {lines[0][:100]!r}")
     content = received[end + 4 :]
+    if length is None or not len(content) <= length <= _MAX_BODY:
+        raise ValueError(f"an answer without a Content-Length that can be: {lines[0][:100]!r}")
     if len(content) < length:
         content = _receive_rest(sock, content, length)
     return int(status), content, keep

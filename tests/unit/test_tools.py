@@ -439,13 +439,17 @@ def outcome(stderr: bytes = b"", status: int = 1, limit: int = 50_000, **more: A
 
 
 @pytest.mark.parametrize("limit", [50_000, 100, 10, 0])
-def test_a_directory_that_cannot_be_entered_is_a_bad_argument_and_nothing_has_run(directory: Path, limit: int) -> None:
+def test_a_directory_that_cannot_be_entered_is_a_bad_argument_and_nothing_has_run(
+    directory: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda n: "5a" * n)  # else each use of the tool has a mark of its own
     args = {"command": "echo ran", "cwd": "no-such-directory"}
     ended = run(at=str(directory), **args)
     assert b"ran" not in ended.stdout
     setting = attr.evolve(SETTING, max_output=limit)
+    tool = tools.parse("bash", args, setting)
     with pytest.raises(RequestFailed) as caught:
-        tools.parse("bash", args, setting).error(outcome(ended.stderr, ended.status, limit))
+        tool.error(outcome(ended.stderr, ended.status, tool.stderr_limit))
     assert caught.value.body["field"] == "cwd"
     assert "no-such-directory" in caught.value.body["got"]
 
