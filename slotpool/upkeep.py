@@ -94,12 +94,15 @@ class Upkeep:
             failure = e
         with self._supply.lock:
             self._admitting.discard(member.id)
-            if failure is None and self._supply.open:
+            admitted = failure is None and self._supply.open
+            if admitted:
                 self._supply.containers[member.id] = container
                 self._supply.refill()
             elif failure is not None:
                 self._supply.trouble = failure
             self._changed.notify_all()
+        if not admitted:
+            container.client.close()
         if failure is not None:
             log.warning("%s can't be used: %s", member.id, failure)
         else:

@@ -102,7 +102,8 @@ def _remove_dir(name: str, top: int, pending: list[str]) -> None:
 
 
 def remove_owned(directory: str, uid: int) -> None:
-    """Remove what user ``uid`` owns below the shared ``directory`` (``/tmp``, ``/dev/shm``), wherever it could get to.
+    """Remove what user ``uid`` owns in the shared ``directory`` (``/tmp``, ``/dev/shm``), and in the directories in it that
+    everybody may write to.
 
     Others may use the directory meanwhile. Gives up quietly after ``_MOST_ENTRIES``: what is left then belongs to a user
     that no lease has for a long time.
@@ -134,7 +135,7 @@ def _remove_owned_entries(directory: int, uid: int, pending: list[int], budget: 
                 if stat.S_ISDIR(info.st_mode):
                     if info.st_uid == uid:
                         _remove(entry.name, directory)
-                    elif info.st_mode & stat.S_IXOTH and len(pending) < 500:
+                    elif info.st_mode & stat.S_IWOTH and len(pending) < 500:
                         pending.append(os.open(entry.name, os.O_RDONLY | _DIRECTORY, dir_fd=directory))
                 elif info.st_uid == uid:
                     os.unlink(entry.name, dir_fd=directory)

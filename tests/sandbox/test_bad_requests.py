@@ -37,7 +37,7 @@ def raw(server: Server, method: str, path: str, body: bytes, **headers: str) -> 
         ({"command": "true", "cwd": ["a"]}, "cwd"),
         ({"command": "true", "env": {"A B": "c"}}, "env"),
         ({"command": "true", "env": {"UID": "0"}}, "env"),
-        ({"command": "true", "env": {"A": 1}}, "A"),
+        ({"command": "true", "env": {"A": 1}}, "env.A"),
         ({"command": "true", "env": "A=1"}, "env"),
         ({"command": "true", "stdin": 5}, "stdin"),
         ({"command": "true", "shell": "zsh"}, "args"),
