@@ -30,8 +30,8 @@ _PIPE_CHUNK = 1 << 16
 class NurseryProcess:
     """The running nursery. Thread-safe."""
 
-    def __init__(self, directory: str, lock: int) -> None:
-        """Start it. It removes ``directory`` when it ends, after every sandbox, and keeps ``lock`` open until then."""
+    def __init__(self, directory: str, locks: Sequence[int]) -> None:
+        """Start it. It removes ``directory`` when it ends, after every sandbox, and keeps ``locks`` open until then."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with near, far:
             package_root = str(Path(__file__).resolve().parents[2])
@@ -42,7 +42,7 @@ class NurseryProcess:
                 [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[far.fileno(), lock],
+                pass_fds=[far.fileno(), *locks],
                 start_new_session=True,
                 env={},
                 cwd="/",

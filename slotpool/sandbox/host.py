@@ -79,13 +79,15 @@ class Host:
         self.socket_path = os.path.join(self._state.path, "http.sock")
         self._slots_dir = os.path.join(self._state.path, "slots")
         self._etc = os.path.join(self._state.path, "etc")
-        self._nursery = NurseryProcess(self._state.path, self._state.lock)
         self._users_lock = threading.Lock()  # guards _users.next()
+        if os.geteuid() == 0 and config.isolation != "none":
+            self._users = UserBlock()
+        # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
+        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
+        self._nursery = NurseryProcess(self._state.path, locks)
         try:
             os.mkdir(self._slots_dir, 0o711)
             isolation.write_etc(self._etc)
-            if os.geteuid() == 0 and config.isolation != "none":
-                self._users = UserBlock()
             self.isolation = isolation.choose(config.isolation, self._try_out, config.max_processes, config.readonly_paths)
         except BaseException:
             self._end_nursery()

@@ -28,20 +28,17 @@ class UserBlock:
 
     def __init__(self) -> None:
         base, blocks = (_BASE, _BLOCKS) if _is_mapped(_BASE) else (_SMALL_BASE, _SMALL_BLOCKS)
-        os.makedirs(REGISTRY, mode=0o700, exist_ok=True)
+        _sweep()
         start = int.from_bytes(os.urandom(4), "big")  # containers with a registry each share the kernel's limits by user
         for i in range(blocks):
             first = base + (start + i) % blocks * BLOCK
-            self.fd = os.open(f"{REGISTRY}/{first}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(self.fd)
-                continue
-            self.first = first
-            self.clear()
-            self._ids = itertools.cycle(range(first, first + BLOCK))
-            return
+            fd = _lock(f"{REGISTRY}/{first}", create=True)
+            if fd is not None:
+                self.fd = fd
+                self.first = first
+                self._ids = itertools.cycle(range(first, first + BLOCK))
+                self.clear()
+                return
         raise StartFailed(f"all {blocks} blocks of user ids for slots are in use on this machine; see {REGISTRY}")
 
     def next(self) -> int:
@@ -69,11 +66,44 @@ class UserBlock:
         return found
 
     def close(self) -> None:
-        try:
-            os.unlink(f"{REGISTRY}/{self.first}")
-        except FileNotFoundError:
-            pass
+        os.unlink(f"{REGISTRY}/{self.first}")
         os.close(self.fd)
+        for directory in (REGISTRY, os.path.dirname(REGISTRY)):
+            try:
+                os.rmdir(directory)
+            except OSError:  # others are in it
+                return
+
+
+def _lock(path: str, create: bool) -> int | None:
+    """A descriptor that holds the lock of that file; None if another has it, or has just removed the file."""
+    try:
+        if create:
+            os.makedirs(REGISTRY, mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(fd)
+    return None
+
+
+def _sweep() -> None:
+    """Remove the locks of servers that were killed."""
+    try:
+        names = os.listdir(REGISTRY)
+    except FileNotFoundError:
+        return
+    for name in names:
+        fd = _lock(f"{REGISTRY}/{name}", create=False)
+        if fd is not None:
+            os.unlink(f"{REGISTRY}/{name}")
+            os.close(fd)
 
 
 def _is_mapped(uid: int) -> bool:
