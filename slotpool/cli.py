@@ -104,8 +104,8 @@ def _exec(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from .config import SlotPoolConfig
-    from .sandbox.host import HostConfig
     from .sandbox.serve import ServeConfig, serve
+    from .sandbox.tenancies import HostConfig
 
     logging.getLogger("slotpool").setLevel(logging.INFO)
     # The same bounds as a pool's, and the same messages.

@@ -7,21 +7,21 @@ import queue
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .pool import SlotPool
+from typing import Callable
 
 log = logging.getLogger(__name__)
 
 
 class HealthThread:
-    """Calls the pool's ``_tend`` in each period, and at once when woken. It does not keep the pool from being collected."""
+    """Calls a method of its pool in each period, and at once when woken. It does not keep the pool from being collected.
 
-    def __init__(self, pool: SlotPool) -> None:
-        self._pool = weakref.ref(pool, lambda _: self._wakes.put(False))
-        # Three renewals in a time to live, so that two may be lost.
-        self._period = min(pool.config.health_check_interval, pool.config.lease_ttl / 3)
+    :param tend: the bound method.
+    :param period: seconds.
+    """
+
+    def __init__(self, tend: Callable[[], None], period: float) -> None:
+        self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(False))
+        self._period = period
         # Not an Event: a finalizer wakes this thread, and only this queue may be used amid anything.
         self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slotpool-health", daemon=True)
@@ -51,11 +51,11 @@ class HealthThread:
             except queue.Empty:
                 pass
             due = time.monotonic() + self._period
-            pool: SlotPool | None = self._pool()
-            if pool is None:
+            tend = self._tend()
+            if tend is None:
                 return
             try:
-                pool._tend()
+                tend()
             except Exception:
                 log.exception("the health check failed; this is a defect of slotpool")
-            del pool
+            del tend

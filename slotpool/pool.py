@@ -57,7 +57,9 @@ class SlotPool:
         self._background = Background()
         self._supply = Supply(self.config, f"{socket.gethostname()}:{self._pid}:{secrets.token_hex(4)}", self._background)
         self._upkeep = Upkeep(self.config, self._fleet, self._supply, self._background)
-        self._health = HealthThread(self)
+        # Three renewals in a time to live, so that two may be lost.
+        period = min(self.config.health_check_interval, self.config.lease_ttl / 3)
+        self._health = HealthThread(self._tend, period)
         self._supply.container_failed = self._health.wake
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()

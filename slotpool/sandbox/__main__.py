@@ -12,8 +12,8 @@ import logging
 import sys
 
 from ..errors import SlotPoolError
-from .host import HostConfig
 from .serve import ServeConfig, serve
+from .tenancies import HostConfig
 
 
 def main() -> None:

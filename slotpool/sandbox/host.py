@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import logging
 import os
 import secrets
@@ -14,19 +13,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Union
 
-import attr
-
 from .._version import __version__
 from ..errors import SandboxStartFailed
-from . import isolation, protocol, tools, trees, zygote
+from . import protocol, tools, zygote
 from .capture import Driver, Job, Outcome
-from .cell import Cell, NurseryProcess
-from .executions import Execution, Executions
-from .isolation import Isolation, Place
+from .executions import Execution
 from .leases import Lease, LeaseTable
 from .protocol import CallRequest, RequestFailed, Result
-from .state import StateDirectory
-from .users import UserBlock
+from .tenancies import HostConfig, Tenancy, TenancyMaker
 from .warmer import Warmer
 
 log = logging.getLogger(__name__)
@@ -39,30 +33,6 @@ FILE_LIMIT = 300.0  # seconds for a file to be read or written
 Answer = Union[Result, RequestFailed, None]
 
 
-@attr.s(slots=True, auto_attribs=True, frozen=True)
-class HostConfig:
-    """What a server's slots are."""
-
-    slots: int = 10
-    isolation: str = "auto"
-    max_output: int = 50_000  # bytes kept of each stream
-    max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
-    max_processes: int = 1024  # for each slot
-    readonly_paths: tuple[str, ...] = ()
-    state_dir: str | None = None
-
-
-class Tenancy:
-    """One lease's use of a slot: its sandbox, its workspace, its executions. Made before the lease, ended with it."""
-
-    def __init__(self, place: Place, cell: Cell) -> None:
-        self.place = place
-        self.cell = cell
-        self.executions = Executions()
-        self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
-        self.ended = False
-
-
 class Host:
     """Thread-safe. The lease table says what holds; what is slow is done outside its lock."""
 
@@ -73,25 +43,9 @@ class Host:
         """
         self.config = config
         self.boot_id = secrets.token_hex(8)
-        self._serial = itertools.count()
-        self._users: UserBlock | None = None
-        self._state = StateDirectory(config.state_dir)
-        self.socket_path = os.path.join(self._state.path, "http.sock")
-        self._slots_dir = os.path.join(self._state.path, "slots")
-        self._etc = os.path.join(self._state.path, "etc")
-        self._users_lock = threading.Lock()  # guards _users.next()
-        if os.geteuid() == 0 and config.isolation != "none":
-            self._users = UserBlock()
-        # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
-        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
-        self._nursery = NurseryProcess(self._state.path, locks)
-        try:
-            os.mkdir(self._slots_dir, 0o711)
-            isolation.write_etc(self._etc)
-            self.isolation = isolation.choose(config.isolation, self._try_out, config.max_processes, config.readonly_paths)
-        except BaseException:
-            self._end_nursery()
-            raise
+        self._maker = TenancyMaker(config)
+        self.isolation = self._maker.isolation
+        self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]
         self._changed = threading.Condition()  # guards _table, _tenancies and _closing; signalled when a slot becomes free
         self._table = LeaseTable(names)
@@ -104,47 +58,14 @@ class Host:
         self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
         self._reaper.start()
 
-    # Sandboxes and workspaces
-
-    def _try_out(self, candidate: Isolation) -> None:
-        place = self._make_place(candidate, candidate.default_network)
-        try:
-            self._nursery.spawn(candidate.order(place)).destroy()
-        finally:
-            trees.remove_tree(place.directory)
-
-    def _make_place(self, chosen: Isolation, network: bool) -> Place:
-        uid, gid = os.geteuid(), os.getegid()
-        if chosen.own_users:
-            assert self._users is not None
-            with self._users_lock:
-                uid = gid = self._users.next()
-        directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
-        place = Place(directory, self._etc, uid, gid, network)
-        # A slot can open its workspace to everybody, but not the way to it.
-        os.mkdir(directory, 0o710)
-        if uid != os.geteuid():
-            os.chown(directory, -1, gid)
-            os.chmod(directory, 0o710)
-        for path in (place.workspace, place.tmp):
-            os.mkdir(path, 0o700)
-            if uid != os.geteuid():
-                os.chown(path, uid, gid)
-        return place
-
     def _make_ready(self, slot: str) -> None:
         """End what was in ``slot``, make sure of it, and prepare it for the next lease."""
         try:
             with self._changed:
                 old = self._tenancies.pop(slot, None)
-            network = self.isolation.default_network
             if old is not None:
-                with old.lock:
-                    old.ended = True
-                if not old.cell.destroy():
-                    raise SandboxStartFailed("processes of the last lease could not be killed")
-                trees.remove_tree(old.place.directory)
-            tenancy = self._new_tenancy_with_patience(network)
+                self._maker.end(old)
+            tenancy = self._make_with_patience()
             if tenancy is None:
                 return
         except Exception as e:
@@ -158,13 +79,13 @@ class Host:
             self._table.ready(slot)
             self._changed.notify_all()
 
-    def _new_tenancy_with_patience(self, network: bool) -> Tenancy | None:
+    def _make_with_patience(self) -> Tenancy | None:
         """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""
         for pause in (*_PATIENCE, None):
             if self._closing:
                 return None
             try:
-                return self._new_tenancy(network)
+                return self._maker.make(self.isolation.default_network)
             except (SandboxStartFailed, OSError) as e:
                 if pause is None or self._closing:
                     raise
@@ -172,29 +93,6 @@ class Host:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing, pause)
         raise AssertionError
-
-    def _new_tenancy(self, network: bool) -> Tenancy:
-        place = self._make_place(self.isolation, network)
-        try:
-            cell = self._nursery.spawn(self.isolation.order(place))
-        except BaseException:
-            trees.remove_tree(place.directory)
-            raise
-        cell.arm()
-        return Tenancy(place, cell)
-
-    def _replace_cell(self, tenancy: Tenancy, broken: Cell) -> None:
-        """Give the lease new processes in its old workspace; nothing if another call has done it already."""
-        with tenancy.lock:
-            if tenancy.ended or tenancy.cell is not broken:
-                return
-            if not broken.destroy():
-                log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
-                return  # its calls go on failing, and at the lease's end the slot is quarantined
-            try:
-                tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
-            except SandboxStartFailed as e:
-                raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
 
     # Leases
 
@@ -275,22 +173,17 @@ class Host:
             network = old.place.network
         elif self.isolation.refuses_network(network):
             raise protocol.invalid("network", self.isolation.refuses_network(network) or "", network)
-        with old.lock:
-            old.ended = True
-            if not old.cell.destroy():
-                raise RequestFailed("slot_broken", "its processes could not be killed")
-        trees.remove_tree(old.place.directory)
         try:
-            fresh = self._new_tenancy(network)
-        except SandboxStartFailed as e:
+            self._maker.end(old)
+            fresh = self._maker.make(network)
+        except (SandboxStartFailed, OSError) as e:
             raise RequestFailed("slot_broken", str(e)) from e
         fresh.executions = old.executions  # ids stay spent
         with self._changed:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
                 return network
-        fresh.cell.destroy()
-        trees.remove_tree(fresh.place.directory)
+        self._maker.end(fresh)
         raise protocol.lease_lost(slot)
 
     # Executions
@@ -349,7 +242,7 @@ class Host:
         try:
             call = tool.start(cell)
         except OSError:
-            self._replace_cell(tenancy, cell)
+            self._maker.mend(tenancy, cell)
             try:
                 call = tool.start(tenancy.cell)
             except OSError as e:
@@ -370,7 +263,7 @@ class Host:
             raise RequestFailed("closing", "the server is shutting down", may_have_run=True)
         if not self._holds(slot, token):
             raise protocol.lease_lost(slot, may_have_run=True)
-        self._replace_cell(tenancy, job.call.cell)
+        self._maker.mend(tenancy, job.call.cell)
         if job.outcome.timed_out:
             return True
         raise RequestFailed("slot_broken", "the slot's processes were lost during the call", may_have_run=True)
@@ -399,7 +292,7 @@ class Host:
 
     def wait_for_nursery(self) -> bool:
         """Wait until the process that makes sandboxes has ended; whether that was :meth:`close`'s doing."""
-        self._nursery.wait()
+        self._maker.wait()
         return self._closing
 
     def close(self) -> None:
@@ -415,15 +308,7 @@ class Host:
         self._reaper.join()
         self._cleaners.shutdown()
         self.warmer.stop()
-        self._end_nursery()
-
-    def _end_nursery(self) -> None:
-        self._state.release()
-        self._nursery.close()
-        self._state.tidy()
-        if self._users is not None:
-            self._users.clear()  # nobody is left, unless the nursery was killed
-            self._users.close()
+        self._maker.close()
 
 
 def _internal(e: Exception) -> RequestFailed:

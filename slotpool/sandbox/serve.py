@@ -16,7 +16,8 @@ import waitress
 from ..errors import StartFailed
 from . import protocol
 from .app import App
-from .host import Host, HostConfig
+from .host import Host
+from .tenancies import HostConfig
 
 log = logging.getLogger(__name__)
 

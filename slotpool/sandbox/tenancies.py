@@ -1,0 +1,152 @@
+"""What a slot consists of while it is leased: a sandbox and a workspace; how they are made, mended and ended."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import threading
+
+import attr
+
+from ..errors import SandboxStartFailed
+from . import isolation, trees
+from .cell import Cell, NurseryProcess
+from .executions import Executions
+from .isolation import Isolation, Place
+from .protocol import RequestFailed
+from .state import StateDirectory
+from .users import UserBlock
+
+log = logging.getLogger(__name__)
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
+class HostConfig:
+    """What a server's slots are."""
+
+    slots: int = 10
+    isolation: str = "auto"
+    max_output: int = 50_000  # bytes kept of each stream
+    max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
+    max_processes: int = 1024  # for each slot
+    readonly_paths: tuple[str, ...] = ()
+    state_dir: str | None = None
+
+
+class Tenancy:
+    """One lease's use of a slot: its sandbox, its workspace, its executions. Made before the lease, ended with it."""
+
+    def __init__(self, place: Place, cell: Cell) -> None:
+        self.place = place
+        self.cell = cell
+        self.executions = Executions()
+        self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
+        self.ended = False
+
+
+class TenancyMaker:
+    """This server's directory, its users and its nursery. Thread-safe."""
+
+    def __init__(self, config: HostConfig) -> None:
+        """Choose the isolation.
+
+        :raises IsolationUnavailable, StartFailed: nothing is left then.
+        """
+        self._serial = itertools.count()
+        self._users: UserBlock | None = None
+        self._users_lock = threading.Lock()  # guards _users.next()
+        self._state = StateDirectory(config.state_dir)
+        self.socket_path = os.path.join(self._state.path, "http.sock")
+        self._slots_dir = os.path.join(self._state.path, "slots")
+        self._etc = os.path.join(self._state.path, "etc")
+        if os.geteuid() == 0 and config.isolation != "none":
+            self._users = UserBlock()
+        # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
+        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
+        self._nursery = NurseryProcess(self._state.path, locks)
+        try:
+            os.mkdir(self._slots_dir, 0o711)
+            isolation.write_etc(self._etc)
+            self.isolation = isolation.choose(config.isolation, self._try_out, config.max_processes, config.readonly_paths)
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self) -> None:
+        """Wait until the nursery has ended."""
+        self._nursery.wait()
+
+    def close(self) -> None:
+        """End every sandbox, remove every file."""
+        self._state.release()
+        self._nursery.close()
+        self._state.tidy()
+        if self._users is not None:
+            self._users.clear()  # nobody is left, unless the nursery was killed
+            self._users.close()
+
+    def _try_out(self, candidate: Isolation) -> None:
+        place = self._make_place(candidate, candidate.default_network)
+        try:
+            self._nursery.spawn(candidate.order(place)).destroy()
+        finally:
+            trees.remove_tree(place.directory)
+
+    def _make_place(self, chosen: Isolation, network: bool) -> Place:
+        uid, gid = os.geteuid(), os.getegid()
+        if chosen.own_users:
+            assert self._users is not None
+            with self._users_lock:
+                uid = gid = self._users.next()
+        directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
+        place = Place(directory, self._etc, uid, gid, network)
+        # A slot can open its workspace to everybody, but not the way to it.
+        os.mkdir(directory, 0o710)
+        if uid != os.geteuid():
+            os.chown(directory, -1, gid)
+            os.chmod(directory, 0o710)
+        for path in (place.workspace, place.tmp):
+            os.mkdir(path, 0o700)
+            if uid != os.geteuid():
+                os.chown(path, uid, gid)
+        return place
+
+    def make(self, network: bool) -> Tenancy:
+        """A fresh sandbox with an empty workspace, a shell waiting in it.
+
+        :raises SandboxStartFailed, OSError: nothing is left then.
+        """
+        place = self._make_place(self.isolation, network)
+        try:
+            cell = self._nursery.spawn(self.isolation.order(place))
+        except BaseException:
+            trees.remove_tree(place.directory)
+            raise
+        cell.arm()
+        return Tenancy(place, cell)
+
+    def mend(self, tenancy: Tenancy, broken: Cell) -> None:
+        """Give a lease new processes in its old workspace; nothing if another call has done it already."""
+        with tenancy.lock:
+            if tenancy.ended or tenancy.cell is not broken:
+                return
+            if not broken.destroy():
+                log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
+                return  # its calls go on failing, and at the lease's end the slot is quarantined
+            try:
+                tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
+            except SandboxStartFailed as e:
+                raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
+
+    def end(self, tenancy: Tenancy) -> None:
+        """Kill every process, make sure of that, and remove the workspace.
+
+        :raises SandboxStartFailed, OSError: if that could not be done.
+        """
+        with tenancy.lock:
+            tenancy.ended = True
+        if not tenancy.cell.destroy():
+            raise SandboxStartFailed("its processes could not be killed")
+        trees.remove_tree(tenancy.place.directory)
