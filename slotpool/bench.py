@@ -140,6 +140,8 @@ def _at_once(pool: SlotPool, rounds: int) -> list[Figure]:
 
 def _memory(pool: SlotPool) -> Figure:
     """The proportional set size of what slots are made of: their sandboxes, zygotes and waiting shells."""
+    while pool.get_stats()["slots_ready"] < _AT_ONCE:  # the last ones are being cleaned
+        time.sleep(0.05)
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -157,15 +159,14 @@ def _memory(pool: SlotPool) -> Figure:
         return steps if pid else 0
 
     total = 0
-    try:
-        for pid in [pid for pid in parents if depth(pid) > 2]:
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1])
-    except PermissionError:
-        return Figure("memory of a slot (PSS)", float("nan"), "MB", note="only root may read it")
-    except (FileNotFoundError, ProcessLookupError):
-        return Figure("memory of a slot (PSS)", float("nan"), "MB", note="processes came and went; try again")
+    for pid in [pid for pid in parents if depth(pid) > 2]:
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except PermissionError:
+            return Figure("memory of a slot (PSS)", float("nan"), "MB", note="only root may read it")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended since
+        total += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
     return Figure("memory of a slot (PSS)", total / 1024 / max(1, pool.total_slots), "MB")
 
 

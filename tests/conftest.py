@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ import pytest
 from slotpool import SlotPool
 from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.protocol import Lease
+
+# A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = os.geteuid() == 0
 PACKAGE = str(Path(sys.modules["slotpool"].__file__ or "").resolve().parents[1])

@@ -91,6 +91,29 @@ def test_connections_that_are_always_cut_end_in_a_typed_error(start_server: Star
     assert wait_until(lambda: runs(server, lease) == "run\n"), "it ran, and once"
 
 
+def test_a_command_may_run_longer_than_a_request_is_held(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slotpool.sandbox.client._HOLD", 0.2)
+    server = start_server("bwrap", slots=2)
+    one, other = server.lease(2)
+    asked: list[str] = []
+    forward = server.client._http.json
+
+    def count(*args: Any) -> tuple[int, Any]:
+        asked.append(args[1])
+        return forward(*args)
+
+    monkeypatch.setattr(server.client._http, "json", count)
+    assert server.bash(one, "echo run >> runs; sleep 1.5; cat runs")["stdout"] == "run\n"
+    assert len(asked) > 3
+    args = {"command": "echo run >> runs; sleep 1; cat runs"}
+    calls: Any = [
+        {"slot": x["slot"], "lease": x["token"], "execution_id": "b", "tool": "bash", "args": args, "timeout": 9.0}
+        for x in (one, other)
+    ]
+    answers: list[Any] = server.client.batch(calls)
+    assert [answer["stdout"] for answer in answers] == ["run\nrun\n", "run\n"]
+
+
 def test_many_who_ask_for_the_same_execution_get_the_same_result(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
