@@ -397,7 +397,9 @@ def test_all_stale_connections_are_passed_over() -> None:
         threads = [threading.Thread(target=get, args=(transport,)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        for thread in [*threads, *server.threads]:
+        for thread in threads:
+            thread.join()
+        for thread in list(server.threads):  # by now all are there; when they end they have closed their connections
             thread.join()
         assert get(transport) == (200, b"hi")
     assert server.accepted == 3
