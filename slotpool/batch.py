@@ -45,8 +45,14 @@ def run(entries: Sequence[Entry]) -> list[ExecutionResult]:
     elif groups:
         # Not the pool's own threads: callers that wait for long commands must not keep it from renewing leases.
         with ThreadPoolExecutor(len(groups), "slotpool-batch") as side_by_side:
-            for future in [side_by_side.submit(run_group, *group) for group in groups.items()]:
-                future.result()
+            futures = [side_by_side.submit(run_group, *group) for group in groups.items()]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # an interrupt reaches the main thread only
+                for slot, call in entries:
+                    slot._tenure.container.client.cancel_quietly(call["slot"], call["lease"], call["execution_id"])
+                raise
     return [found[i] for i in range(len(entries))]
 
 

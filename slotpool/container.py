@@ -24,6 +24,7 @@ class Container:
         self.asking = 0  # leases asked for, not yet answered
         self.exchanges = 0  # requests under way that give back and take
         self.exhausted = False  # the last time, it had none for us
+        self.retry_at = 0.0  # on the monotonic clock: not asked for leases before, as it has just failed
         self.checking = False  # a renewal is under way
         self.cordoned = False  # to be ended: nothing more is leased
         self.answered_at = time.monotonic()

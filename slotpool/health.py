@@ -20,22 +20,23 @@ class HealthThread:
     """
 
     def __init__(self, tend: Callable[[], None], period: float) -> None:
-        self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(False))
+        self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(None))
         self._period = period
-        # Not an Event: a finalizer wakes this thread, and only this queue may be used amid anything.
-        self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        # Seconds until the next look, or None to end. Not an Event: a finalizer wakes this thread, and only this queue may
+        # be used amid anything.
+        self._wakes: queue.SimpleQueue[float | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slotpool-health", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def wake(self) -> None:
-        """Look now. From any thread, a finalizer too."""
-        self._wakes.put(True)
+    def wake(self, after: float = 0.0) -> None:
+        """Look in ``after`` seconds at the latest. From any thread, a finalizer too."""
+        self._wakes.put(after)
 
     def stop(self) -> None:
         """End; waits for it, unless it is this thread."""
-        self._wakes.put(False)
+        self._wakes.put(None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -43,14 +44,13 @@ class HealthThread:
         due = time.monotonic() + self._period
         while True:
             try:
-                if not self._wakes.get(timeout=max(0.0, due - time.monotonic())):
+                after = self._wakes.get(timeout=max(0.0, due - time.monotonic()))
+                if after is None:
                     return
-                while not self._wakes.empty():  # many wakes, one look
-                    if not self._wakes.get():
-                        return
+                due = min(due, time.monotonic() + after)
+                continue
             except queue.Empty:
-                pass
-            due = time.monotonic() + self._period
+                due = time.monotonic() + self._period
             tend = self._tend()
             if tend is None:
                 return

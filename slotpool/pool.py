@@ -60,7 +60,7 @@ class SlotPool:
         # Three renewals in a time to live, so that two may be lost.
         period = min(self.config.health_check_interval, self.config.lease_ttl / 3)
         self._health = HealthThread(self._tend, period)
-        self._supply.container_failed = self._health.wake
+        self._supply.look_again = self._health.wake
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
 
@@ -97,11 +97,10 @@ class SlotPool:
         if os.getpid() != self._pid:
             return
         with self._supply.lock:
-            before, self._state = self._state, "stopped"
+            self._state = "stopped"
         for tenure in self._supply.close():
             tenure.lose("the pool has been stopped")
-        if before == "stopped" and not purge_job:
-            return
+        # All of what follows may be done again: by another thread, or because an interrupt came amid it.
         self._health.stop()
         with self._supply.lock:
             containers = list(self._supply.containers.values())
@@ -212,6 +211,7 @@ class SlotPool:
         with self._supply.lock:  # an interrupt may come between the hand-over and the making of the slot
             held = self._supply.held
             abandoned += [tenure for tenure in held if not tenure.claimed and now - tenure.acquired_at > _UNCLAIMED]
+            self._supply.collect_strays()
         for tenure in abandoned:
             if tenure.end():
                 log.warning("%s was dropped without being released; giving it back", tenure.slot)

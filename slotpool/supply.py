@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _EXCHANGES = 3  # requests that give back and take, under way at once to one container
 _HOLD = 5.0  # seconds that such a request waits for a slot to become free, if a caller waits for it
+_LEAST = 0.05  # seconds between two requests to a container that has nothing
+_RETRY = 0.5  # seconds after a failure until the container is asked again
 _SHORT_HOLD = 1.0  # and if none does, but slots have just been given back
 _HOLDING = 4  # containers without a free slot at which such requests wait at once
 
@@ -49,9 +51,10 @@ class Supply:
         self.ready: queue.Queue[Tenure] = queue.Queue()  # held for the next to come
         self.waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see take()
         self.counters = Counters()
+        self._strays: set[Tenure] = set()
         self.trouble: Exception | None = None  # the last failure to get leases or containers
         self.demand_changed: Callable[[], None] = lambda: None  # called with the lock held
-        self.container_failed: Callable[[], None] = lambda: None
+        self.look_again: Callable[[float], None] = lambda after: None  # have the containers looked at in so many seconds
 
     # For callers
 
@@ -189,12 +192,16 @@ class Supply:
     def _refill(self) -> None:
         if not self.open:
             return
+        now = time.monotonic()
+        for container in self.containers.values():
+            if container.outbox and not container.exchanges and container.retry_at <= now:
+                self._submit_exchange(container)
         need = self._need()
         holding = 0
         for container in self.in_order() if need > 0 else ():
             if need <= 0:
                 break
-            if container.room <= 0:
+            if container.room <= 0 or container.retry_at > now:
                 continue
             if container.exhausted:  # others have its slots: wait there for one, if somebody waits here, but don't count on it
                 if self.waiters and holding < _HOLDING:
@@ -205,13 +212,23 @@ class Supply:
             self._submit_exchange(container)
         self.demand_changed()
 
+    def collect_strays(self) -> None:
+        """Give back leases that nobody has, as an interrupt came while they changed hands. The lock is held."""
+        ready = set(self.ready.queue)
+        everywhere = [tenure for container in self.containers.values() for tenure in container.tenures.values()]
+        strays = {tenure for tenure in everywhere if tenure not in self.held and tenure not in ready}
+        for tenure in strays & self._strays:  # seen twice: it isn't just on its way
+            self._return_to_server(tenure)
+        self._strays = strays
+
     def _need(self) -> int:
         """Leases to ask for, beyond those that are asked for already."""
         asking = sum(container.asking for container in self.containers.values())
         return len(self.waiters) + self._config.prefetch - self.ready.qsize() - asking
 
     def _submit_exchange(self, container: Container) -> None:
-        if container.exchanges < _EXCHANGES and self.open:
+        most = 2 * _EXCHANGES if container.outbox else _EXCHANGES  # what gives back does not queue behind what waits
+        if container.exchanges < most and self.open:
             container.exchanges += 1
             self._background.submit(self._exchange, container)
 
@@ -234,6 +251,8 @@ class Supply:
             failure = e
         finally:
             with self.lock:
+                if failure is not None:
+                    container.outbox = release + container.outbox  # giving back may be repeated
                 unwanted = self._exchanged(container, take, granted, failure)
         if unwanted:
             self._return_quietly(container, unwanted)
@@ -246,18 +265,22 @@ class Supply:
         container.asking -= asked
         if failure is not None:
             self.trouble = failure
+            container.retry_at = time.monotonic() + _RETRY
         elif asked:
             self.trouble = None
             container.exhausted = not granted
+            if not granted and self.waiters:  # the server need not have held the request
+                container.retry_at = time.monotonic() + _LEAST
+                self.look_again(2 * _LEAST)
         if container.id not in self.containers or container.cordoned or not self.open:
             return [tenure.token for tenure in granted]
         for tenure in granted:
             container.tenures[tenure.token] = tenure
             self.counters.leases_num += 1
             self._deliver(tenure)
-        if container.outbox:
-            self._submit_exchange(container)
         if failure is None:
+            if container.outbox:
+                self._submit_exchange(container)
             self._refill()
         return []
 
@@ -270,7 +293,7 @@ class Supply:
     def _note(self, container: Container, failure: SlotPoolError) -> None:
         if self.open and not container.cordoned:
             log.warning("%s: %s", container.id, failure)
-            self.container_failed()
+            self.look_again(_RETRY)
 
     def give_all_back(self, container: Container) -> None:
         """Every lease that the pool has in it, without waiting for their cleaning."""

@@ -66,14 +66,16 @@ class Upkeep:
 
     def sync(self) -> None:
         """Take in new containers and drop those that are gone. Called by the fleet, from any thread."""
-        members = {member.id: member for member in self._fleet.members()}
         with self._supply.lock:
             if not self._supply.open:
                 self._changed.notify_all()
                 return
+            members = {member.id: member for member in self._fleet.members()}  # under the lock, or it may be out of date
             for container in list(self._supply.containers.values()):
                 if container.id not in members:
                     self._drop(container, "its container has ended")
+                elif container.cordoned and container.member.index < self._target:  # demand came back before it was ended
+                    container.cordoned = False
             for id_, member in members.items():
                 if id_ not in self._supply.containers and id_ not in self._admitting:
                     self._admitting.add(id_)
@@ -84,13 +86,13 @@ class Upkeep:
     def _admit(self, member: Member) -> None:
         """Ask a new container who it is, and take it in. Without the lock."""
         container = Container(member, self._config.slots_per_container)
-        failure: SlotPoolError | None = None
+        failure: Exception | None = None
         try:
             container.info = container.client.health()
             container.capacity = int(container.info.get("slots", 0))
             if container.capacity < 1:
                 failure = ContainerRefused(f"{member.address} did not tell how many slots it has; is the token right?")
-        except SlotPoolError as e:
+        except Exception as e:  # it is not known what answers there
             failure = e
         with self._supply.lock:
             self._admitting.discard(member.id)
@@ -146,10 +148,10 @@ class Upkeep:
         while True:
             with self._supply.lock:
                 target = self._target
-            failure: SlotPoolError | None = None
+            failure: Exception | None = None
             try:
                 self._fleet.scale(target)
-            except SlotPoolError as e:
+            except Exception as e:  # a Popen may fail in many ways
                 failure = e
                 log.warning("scaling to %d containers failed: %s", target, e)
             with self._supply.lock:

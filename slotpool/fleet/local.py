@@ -43,6 +43,7 @@ class _Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            cwd="/",  # Python would import from the caller's directory first
             start_new_session=True,  # a Ctrl-C in the terminal is for the caller
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
         )
@@ -94,6 +95,7 @@ class _Server:
             self._stdin.close()
         except BrokenPipeError:
             pass
+        self._process.terminate()  # a process forked from this one may hold the pipe's other end
 
     def kill(self) -> None:
         """For one that does not answer. Its nursery notices, ends the sandboxes and removes the files."""
@@ -175,7 +177,8 @@ class LocalFleet:
             if server.ended:
                 if self._servers.get(server.index) is server:
                     del self._servers[server.index]
-                    log.warning("local server %s has ended", server.id)
+                    if not self._stopped:
+                        log.warning("local server %s has ended", server.id)
                 if server in self._ending:
                     self._ending.remove(server)
                 if server.failure is not None:
@@ -200,9 +203,7 @@ class LocalFleet:
         with self._scaling, self._lock:
             self._stopped = True
             servers = [*self._servers.values(), *self._ending]
-            self._servers.clear()
-            self._ending = []
-        for server in servers:
+        for server in servers:  # as each ends it leaves the tables, so this can be done again after an interrupt
             server.ask_to_end()
         for server in servers:
             server.wait()

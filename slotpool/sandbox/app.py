@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import logging
 import math
+import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Callable
@@ -31,6 +33,7 @@ _REASONS = {
     410: "Gone",
     413: "Content Too Large",
     422: "Unprocessable Content",
+    429: "Too Many Requests",
     500: "Internal Server Error",
     502: "Bad Gateway",
     503: "Service Unavailable",
@@ -68,10 +71,13 @@ class App:
     """The WSGI application. Thread-safe.
 
     :param token: what every request must carry, or None to ask for nothing.
+    :param most_held: how many requests may be held at once, waiting for something; others are answered at once, so that
+        there is always a thread for a renewal.
     """
 
-    def __init__(self, host: Host, token: str | None) -> None:
+    def __init__(self, host: Host, token: str | None, most_held: int) -> None:
         self._host = host
+        self._room = threading.Semaphore(most_held)
         self._token = token.encode() if token is not None else None
         self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
             "/health": {"GET": self._health},
@@ -125,15 +131,23 @@ class App:
     def _slots(self, environ: WSGIEnvironment) -> Response:
         return _json(200, {"slots": self._host.describe_slots()})
 
+    @contextlib.contextmanager
+    def _hold(self, body: dict[str, Any]) -> Iterator[float]:
+        """How long this request may be held: as long as it asks for, if there is room."""
+        wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
+        if not self._room.acquire(blocking=False):
+            yield 0.0
+            return
+        try:
+            yield wait
+        finally:
+            self._room.release()
+
     def _lease(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "owner", "ttl", "take", "release", "wait")
-        leases = self._host.lease(
-            owner=_string(body, "owner"),
-            ttl=_number(body, "ttl", 0.1, MAX_TTL),
-            take=_count(body, "take"),
-            release=_strings(body, "release"),
-            wait=_number(body, "wait", 0.0, protocol.MAX_WAIT),
-        )
+        owner, ttl, take = _string(body, "owner"), _number(body, "ttl", 0.1, MAX_TTL), _count(body, "take")
+        with self._hold(body) as wait:
+            leases = self._host.lease(owner, ttl, take, _strings(body, "release"), wait)
         return _json(200, {"boot_id": self._host.boot_id, "leases": leases})
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
@@ -142,21 +156,21 @@ class App:
 
     def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")
-        wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
-        (answer,), afterwards = self._host.execute([_call(body, slot, lease)], wait)
+        call = _call(body, slot, lease)
+        with self._hold(body) as wait:
+            (answer,), afterwards = self._host.execute([call], wait)
         if isinstance(answer, RequestFailed):
             raise answer
         return _json(202 if answer is None else 200, _answered(answer), afterwards)
 
     def _batch(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "calls", "wait")
-        wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
         calls = body.get("calls")
         if not isinstance(calls, list) or len(calls) > MAX_BATCH or not all(isinstance(call, dict) for call in calls):
             raise protocol.invalid("calls", f"a list of at most {MAX_BATCH} objects", calls)
-        answers, afterwards = self._host.execute(
-            [_call(call, _string(call, "slot"), _string(call, "lease")) for call in calls], wait
-        )
+        parsed = [_call(call, _string(call, "slot"), _string(call, "lease")) for call in calls]
+        with self._hold(body) as wait:
+            answers, afterwards = self._host.execute(parsed, wait)
         return _json(200, {"results": [_answered(answer) for answer in answers]}, afterwards)
 
     def _cancel(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:

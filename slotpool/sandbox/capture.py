@@ -175,7 +175,10 @@ class Driver:
                 self._unwatch(fd)
                 job.call.close_feed(fd)
         else:
-            chunk = os.read(fd, _READ_SIZE)
+            try:
+                chunk = os.read(fd, _READ_SIZE)
+            except BlockingIOError:
+                return
             if chunk:
                 getattr(job.outcome, what).add(chunk)
             else:
@@ -206,6 +209,11 @@ def _drain(fd: int, output: Output) -> None:
     """Read what is in the pipe now; a background process may hold it open, and write to it, for ever."""
     (left,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
     while left > 0:
-        chunk = os.read(fd, min(left, _READ_SIZE))
+        try:
+            chunk = os.read(fd, min(left, _READ_SIZE))
+        except BlockingIOError:
+            return
+        if not chunk:
+            return
         left -= len(chunk)
         output.add(chunk)

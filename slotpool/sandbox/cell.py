@@ -6,6 +6,7 @@ to be cleaned but the workspace.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import json
@@ -163,8 +164,9 @@ class Cell:
         with self._lock:
             if self._destroyed:
                 raise OSError(errno.EPIPE, "the sandbox is gone")
-            # A zygote that doesn't read makes this block, so it is never waited for.
-            socket.send_fds(self._control, [json.dumps(order).encode()], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            # A zygote that doesn't read would make this block; socket.send_fds ignores its flags.
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+            self._control.sendmsg([json.dumps(order).encode()], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def destroy(self) -> bool:
         """Kill every process in it; True if it is certain that none is left. Calls in it end as lost. Repeatable."""
@@ -223,8 +225,8 @@ class Call:
                 ours, theirs = os.pipe()
                 if name in feeds:
                     ours, theirs = theirs, ours
-                    os.set_blocking(ours, False)
                     self.feeds.append(Feed(name, ours))
+                os.set_blocking(ours, False)  # what poll(2) has seen there, the slot may have taken away since
                 near.callback(os.close, ours)
                 far.callback(os.close, theirs)
                 if name == "stdout":

@@ -21,6 +21,8 @@ _HOLD = 20.0  # seconds that one request waits for a result, so that a server th
 _SLACK = 10.0  # seconds more than its work takes that a server may be silent
 _ENDING = 3.0  # seconds that a server takes at most to end a command whose time is up
 _PAUSES = (0.05, 0.2, 0.5)  # before each repetition, in seconds
+_MOST_CALLS = 1000  # of a batch that go in one request
+_LEAST = 0.2  # seconds between two requests for the same result
 _CANCEL_TIMEOUT = 3.0
 _FILE_TIMEOUT = 330.0
 
@@ -95,6 +97,8 @@ class SandboxClient:
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
         deadline = time.monotonic() + timeout + _ENDING + _SLACK
 
+        pause = _Pause()
+
         def ask() -> tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
             return self._http.json("POST", path, {**call, "wait": wait}, wait + _SLACK, headers)
@@ -107,7 +111,10 @@ class SandboxClient:
                     return result  # type: ignore[no-any-return]
                 if time.monotonic() > deadline:
                     raise self._lost(f"the command should have ended {_ENDING + _SLACK:.0f} s ago", True)
-        except (KeyboardInterrupt, SystemExit):
+                pause()
+        except SlotPoolError:
+            raise
+        except BaseException:  # an interrupt, or what a signal's handler raises
             self.cancel_quietly(slot, lease, execution_id)
             raise
 
@@ -115,9 +122,13 @@ class SandboxClient:
         """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
         exception that :meth:`execute` would have raised.
         """
+        if len(calls) > _MOST_CALLS:
+            return self.batch(calls[:_MOST_CALLS]) + self.batch(calls[_MOST_CALLS:])
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
         found: list[object] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
+
+        pause = _Pause()
 
         def ask() -> tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
@@ -135,10 +146,12 @@ class SandboxClient:
                     elif "running" not in answer:
                         found[i] = answer
                 open_ = [i for i in open_ if found[i] is None]
+                if open_:
+                    pause()
         except SlotPoolError as e:
             for i in open_:
                 found[i] = e
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:
             for i in open_:
                 self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
             raise
@@ -226,6 +239,17 @@ class SandboxClient:
         except ValueError:
             body = None
         return protocol.to_exception(status, body, repeated)
+
+
+class _Pause:
+    """Between two requests for the same result: none, if the server has held the first one; it need not."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self) -> None:
+        time.sleep(max(0.0, self._last + _LEAST - time.monotonic()))
+        self._last = time.monotonic()
 
 
 def _file(slot: str, path: str) -> str:

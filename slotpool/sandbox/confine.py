@@ -148,8 +148,14 @@ def _forbid_user_namespaces() -> None:
 
 def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
     """Kill all processes of user ``uid`` and remove its files in ``scratch``; whether nothing is left. As root."""
+    status = 1
     for _ in range(_KILLER_TRIES):  # a process of that user may kill the one that is about to kill it, if it is quick
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            kill_processes_of(uid)
+            time.sleep(0.02)  # they have to die before there is room for another
+            continue
         if pid == 0:
             code = 1
             try:
@@ -164,6 +170,16 @@ def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
     for directory in scratch:
         trees.remove_owned(directory, uid)
     return True
+
+
+def kill_processes_of(uid: int) -> None:
+    """Kill what is found of user ``uid``, one by one; more may come meanwhile."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{name}").st_uid == uid:
+                os.kill(int(name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
 
 
 def _kill_all_others(uid: int, gid: int) -> bool:

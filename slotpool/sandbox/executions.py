@@ -11,6 +11,7 @@ import attr
 from .protocol import RequestFailed, Result
 
 _KEPT_RESULTS = 32
+_KEPT_CHARACTERS = 16 * 1024 * 1024
 _KNOWN_IDS = 10_000
 _CANCELLED = ("cancelled",)  # the request of an execution that was cancelled before it came
 
@@ -38,6 +39,11 @@ class Execution:
         return self.result
 
 
+def _size(execution: Execution) -> int:
+    result = execution.result
+    return len(result["stdout"]) + len(result["stderr"]) if result is not None else 0
+
+
 class Executions:
     """The executions of one lease. Thread-safe."""
 
@@ -45,6 +51,7 @@ class Executions:
         self._lock = threading.Lock()  # guards both tables, and that cancel requests aren't lost while one starts
         self._known: OrderedDict[str, Execution] = OrderedDict()
         self._finished: OrderedDict[str, Execution] = OrderedDict()
+        self._kept = 0  # characters of their results
 
     def begin(self, execution_id: str, request: tuple[object, ...]) -> tuple[Execution, bool]:
         """The execution of that id, and whether it is new, so that the caller must run it.
@@ -87,8 +94,10 @@ class Executions:
         """Its result or failure is set: wake who waits for it, and forget the content of the oldest ones."""
         with self._lock:
             self._finished[execution_id] = execution
-            if len(self._finished) > _KEPT_RESULTS:
+            self._kept += _size(execution)
+            while len(self._finished) > 1 and (len(self._finished) > _KEPT_RESULTS or self._kept > _KEPT_CHARACTERS):
                 _, oldest = self._finished.popitem(last=False)
+                self._kept -= _size(oldest)
                 oldest.result = oldest.failure = None
             execution.cancel = None
         execution.done.set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import logging
 import os
 import secrets
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _CLEANERS = 8  # threads that make slots ready
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 FILE_LIMIT = 300.0  # seconds for a file to be read or written
 
 # An execution's result, what it failed with, or None if it still runs.
@@ -241,7 +244,9 @@ class Host:
         cell = tenancy.cell
         try:
             call = tool.start(cell)
-        except OSError:
+        except OSError as e:
+            if e.errno in _SHORTAGES:
+                raise RequestFailed("overloaded", f"the server is short of something: {e}") from e
             self._maker.mend(tenancy, cell)
             try:
                 call = tool.start(tenancy.cell)
@@ -324,6 +329,7 @@ class _Run:
         self.job: Job | None = None
         self._failure: RequestFailed | None = None
         self._execution: Execution | None = None
+        self._answer: Answer = None
         try:
             self._begin()
         except RequestFailed as e:
@@ -333,7 +339,8 @@ class _Run:
         call = self._call
         self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
         self._tool = tools.parse(call["tool"], call["args"], self._host.setting(tenancy))
-        request = (call["tool"], call["args"], call["timeout"])
+        # A digest, as the arguments may be large and are kept for as long as the id is.
+        request = (hashlib.sha256(json.dumps([call["tool"], call["args"], call["timeout"]]).encode()).hexdigest(),)
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], request)
         if not is_new:
             return
@@ -358,6 +365,7 @@ class _Run:
         except Exception as e:  # whatever it is, the callers must not wait for ever
             log.exception("an execution could not be finished")
             self._execution.failure = _internal(e)
+        self._answer = self._execution.result or self._execution.failure
         self._tenancy.executions.finish(self._call["execution_id"], self._execution)
 
     def _result(self, outcome: Outcome, restarted: bool) -> Result:
@@ -394,6 +402,8 @@ class _Run:
             return self._failure
         if not self._execution.done.wait(max(0.0, deadline - time.monotonic())):
             return None
+        if self._answer is not None:  # what this run has found itself, which is sure to be kept
+            return self._answer
         try:
             return self._execution.answer()
         except RequestFailed as e:

@@ -14,6 +14,7 @@ from ..errors import IsolationUnavailable, SandboxStartFailed
 from . import landlock
 from .confine import Landlock, Order
 
+_MAX_FILES = 16_384  # open at once, for each process of a slot
 MODES = ("bwrap", "user", "none")
 INNER_WORKSPACE = "/workspace"
 INNER_UID = 1000
@@ -87,7 +88,7 @@ class Isolation:
     def order(self, place: Place) -> Order:
         inner = INNER_UID if self.mode == "bwrap" else place.uid
         workspace = self.workspace(place)
-        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0}
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": _MAX_FILES}
         if self.own_users or _processes_counted_by_namespace():
             limits["RLIMIT_NPROC"] = self.max_processes
         return {

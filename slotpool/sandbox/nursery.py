@@ -13,6 +13,7 @@ When the server is gone, however it went, all sandboxes are ended and its direct
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ from . import confine, linux, trees, zygote
 from .confine import Order
 
 DEAD = b"dead"
+_PAUSE = 0.05  # seconds until what failed for a shortage is tried again
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
 
 
@@ -40,6 +42,7 @@ class Nursery:
         self.exited: dict[int, Callable[[int], None]] = {}
         self.living: set[Sandbox] = set()
         self._serving = True
+        self._later: list[tuple[float, Callable[[], None]]] = []
 
     def watch(self, fd: int, call: Callable[[], None]) -> None:
         self._readable[fd] = call
@@ -63,13 +66,24 @@ class Nursery:
                 deadline = time.monotonic() + _END_LIMIT
                 for sandbox in list(self.living):
                     sandbox.end()
-            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-            events = self._poll.poll(left)
-            if not events:
+            if deadline is not None and time.monotonic() > deadline:
                 return
-            for fd, _ in events:
+            for fd, _ in self._poll.poll(self._pause(deadline)):
                 if fd in self._readable:  # an earlier event of this round may have closed it
-                    self._readable[fd]()
+                    _guarded(self._readable[fd])
+            now = time.monotonic()
+            due = [call for at, call in self._later if at <= now]
+            self._later = [(at, call) for at, call in self._later if at > now]
+            for call in due:
+                _guarded(call)
+
+    def later(self, call: Callable[[], None]) -> None:
+        """Call it in a moment, as there is a shortage now."""
+        self._later.append((time.monotonic() + _PAUSE, call))
+
+    def _pause(self, deadline: float | None) -> float | None:
+        times = [at for at, _ in self._later] + ([deadline] if deadline is not None else [])
+        return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
 
     def _reap(self, wake: socket.socket) -> None:
         wake.recv(4096)
@@ -82,7 +96,7 @@ class Nursery:
                 return
             exited = self.exited.pop(pid, None)
             if exited is not None:
-                exited(status)
+                _guarded(functools.partial(exited, status))
 
     def _take_order(self) -> None:
         message, fds = linux.receive(self._control, 1 << 18, 2)
@@ -90,12 +104,24 @@ class Nursery:
             self.unwatch(self._control.fileno())
             self._serving = False
             return
+        if len(fds) != 2:  # this process is out of descriptors; the server sees its ends closed
+            for fd in fds:
+                os.close(fd)
+            return
         order: Order = json.loads(message)
         control, lifeline = (socket.socket(fileno=fd) for fd in fds)
         sandbox = KINDS[order["mode"]](self, order, control, lifeline)
         self.living.add(sandbox)
         self.watch(lifeline.fileno(), sandbox.end)
         sandbox.attempt(sandbox.start)
+
+
+def _guarded(call: Callable[[], None]) -> None:
+    """One sandbox's trouble must not be all others' end."""
+    try:
+        call()
+    except Exception as e:
+        print(f"slotpool: the nursery's {call} failed: {e!r}", file=sys.stderr, flush=True)
 
 
 class Sandbox:
@@ -160,9 +186,18 @@ class Sandbox:
         self._control = None
         return pid
 
+    def kill_what_is_found(self) -> None:
+        """Make room, if the slot has taken all processes that may be had."""
+
     def help_to_kill(self, act: Callable[[], bool]) -> None:
         """Let a child process call ``act``, which kills and says whether nothing is left."""
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as e:
+            print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
+            self.kill_what_is_found()
+            self.nursery.later(functools.partial(self.help_to_kill, act))
+            return
         if pid == 0:
             try:
                 os._exit(0 if act() else 1)
@@ -203,6 +238,9 @@ class UserSandbox(Sandbox):
     def start(self) -> None:
         self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
 
+    def kill_what_is_found(self) -> None:
+        confine.kill_processes_of(self.order["uid"])
+
     def kill(self) -> None:
         self.help_to_kill(lambda: confine.clear_user(self.order["uid"], self.order["gid"], self.order["scratch"]))
 
@@ -215,14 +253,25 @@ class BwrapSandbox(Sandbox):
     _first_pid = 0
     _first: int | None = None  # its pidfd
     _told = b""  # what bubblewrap has written of it
+    _hold: int | None = None
+    _unknown = False  # there was no descriptor to be had for it
     _settled = False  # bubblewrap has told it, or has failed
 
     def start(self) -> None:
-        waits, self._hold = os.pipe()  # the payload, `cat`, waits until all write ends are closed, so it dies with this process
-        os.write(self._hold, confine.BWRAP_READY)  # and when bubblewrap is done it says so by copying this
-        self._ready, payload_out = os.pipe()
-        self._info, bwrap_info = os.pipe()
-        pid = os.fork()
+        pipes: list[int] = []
+        try:
+            for _ in range(3):
+                pipes += os.pipe()
+            # The payload, `cat`, waits until all write ends are closed, so it dies with this process; and when bubblewrap is
+            # done it says so by copying what is written here.
+            waits, self._hold, self._ready, payload_out, self._info, bwrap_info = pipes
+            os.write(self._hold, confine.BWRAP_READY)
+            pid = os.fork()
+        except OSError:
+            for fd in pipes:
+                os.close(fd)
+            self._hold, self._settled = None, True
+            raise
         if pid == 0:
             confine.exec_bwrap(self.order, waits, payload_out, bwrap_info)
         for fd in (waits, payload_out, bwrap_info):
@@ -244,6 +293,9 @@ class BwrapSandbox(Sandbox):
                 self._first = os.pidfd_open(self._first_pid)
             except ProcessLookupError:
                 pass
+            except OSError as e:
+                self._unknown = True
+                self.fail(str(e))
         if self._ending:
             self.kill()
 
@@ -269,9 +321,10 @@ class BwrapSandbox(Sandbox):
     def kill(self) -> None:
         if not self._settled:
             return  # _learn_first comes back here
-        os.close(self._hold)
+        if self._hold is not None:
+            os.close(self._hold)
         if self._first is None:
-            self.died()
+            self.survived() if self._unknown else self.died()
             return
         try:
             signal.pidfd_send_signal(self._first, signal.SIGKILL)
@@ -290,6 +343,7 @@ KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "b
 
 def main(argv: list[str]) -> None:
     control, directory = _keep_to_ourselves(int(argv[0])), argv[1]
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     linux.set_child_subreaper()
     linux.set_undumpable()
     gc.freeze()

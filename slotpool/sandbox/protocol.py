@@ -58,6 +58,7 @@ STATUS: dict[str, int] = {
     "internal": 500,
     "slot_broken": 502,
     "closing": 503,
+    "overloaded": 429,
 }
 
 
@@ -122,6 +123,7 @@ _SLOT_ERRORS: dict[str, type[errors.SlotError]] = {
     "result_gone": errors.SlotBroken,
     "internal": errors.SlotBroken,
     "closing": errors.ContainerLost,
+    "overloaded": errors.SlotBroken,
 }
 _MAY_HAVE_RUN = {"slot_broken", "result_gone", "internal"}  # unless the server says that it has not
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -21,6 +22,7 @@ from .tenancies import HostConfig
 
 log = logging.getLogger(__name__)
 
+_SPARE_THREADS = 8  # for requests that are never held
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -46,6 +48,10 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
             f"refusing to listen on {config.listen} without a token, as everybody who reaches it could run commands; "
             "give one in SLOTPOOL_TOKEN, or listen on 127.0.0.1"
         )
+    os.umask(0o022)  # slots' users must be able to pass through the directories made here
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes four descriptors, a waiting shell as many
     _on_signals(_leave)
     host = Host(config.host)
     try:
@@ -73,23 +79,24 @@ def _leave(signum: int, frame: object) -> NoReturn:
 
 
 def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) -> None:
+    threads = 2 * config.host.slots + 16
+    app = App(host, config.token, threads - _SPARE_THREADS)
     settings = {
         # A long command holds a thread for as long as its request may be held; health and other slots need some all the same.
-        "threads": 2 * config.host.slots + 16,
+        "threads": threads,
         "ident": None,
         "clear_untrusted_proxy_headers": True,
         "max_request_body_size": max(config.host.max_file, protocol.MAX_JSON) + 1024,
         "connection_limit": 2000,
         "channel_timeout": 120,
+        "asyncore_use_poll": True,  # select(2) can't have descriptors above 1023
         "send_bytes": 128,  # more than a head: head and body go out together, and wake the client once
     }
     if config.listen is None:
-        server = waitress.create_server(
-            App(host, config.token), unix_socket=host.socket_path, unix_socket_perms="600", **settings
-        )
+        server = waitress.create_server(app, unix_socket=host.socket_path, unix_socket_perms="600", **settings)
         address = f"unix://{host.socket_path}"
     else:
-        server = waitress.create_server(App(host, config.token), host=config.listen, port=config.port, **settings)
+        server = waitress.create_server(app, host=config.listen, port=config.port, **settings)
         address = f"http://{_bracketed(config.listen)}:{server.effective_port}"
     if config.token is None:
         log.warning(

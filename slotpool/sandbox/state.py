@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import stat
 import tempfile
@@ -10,7 +11,11 @@ import tempfile
 from ..errors import StartFailed
 from . import trees
 
+log = logging.getLogger(__name__)
+
 _LOCK = "lock"
+_PREFIX = "s-"
+_LONGEST = 107 - len("/s-12345678/http.sock")  # sun_path in unix(7), less what comes below
 
 
 class StateDirectory:
@@ -25,14 +30,22 @@ class StateDirectory:
         mode = 0o711 if os.geteuid() == 0 else 0o700
         self._shared = parent is None
         parent = parent or os.path.join(tempfile.gettempdir(), f"slotpool-{os.geteuid()}")
-        os.makedirs(parent, mode, exist_ok=True)
+        try:
+            os.makedirs(parent, mode, exist_ok=True)
+        except OSError as e:
+            raise StartFailed(f"the directory for workspaces can't be made: {e}") from e
         info = os.lstat(parent)
-        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
-            raise StartFailed(f"{parent} is not a directory of user {os.geteuid()}; remove it or set TMPDIR to another place")
-        os.chmod(parent, mode)
+        if self._shared:
+            if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+                raise StartFailed(
+                    f"{parent} is not a directory of user {os.geteuid()}; remove it or set TMPDIR to another place"
+                )
+            os.chmod(parent, mode)
+        if len(os.fsencode(parent)) > _LONGEST:
+            raise StartFailed(f"the path of the directory for workspaces is too long for a Unix socket in it: {parent}")
         self._parent = parent
         _sweep(parent)
-        self.path = tempfile.mkdtemp(dir=parent, prefix="s-")
+        self.path = tempfile.mkdtemp(dir=parent, prefix=_PREFIX)
         os.chmod(self.path, mode)
         self.lock = _lock(self.path, os.O_CREAT)
 
@@ -64,12 +77,14 @@ def _sweep(parent: str) -> None:
     for name in os.listdir(parent):
         directory = os.path.join(parent, name)
         try:
+            if not name.startswith(_PREFIX) or os.lstat(directory).st_uid != os.geteuid():
+                continue
             fd = _lock(directory)
-        except (BlockingIOError, NotADirectoryError, FileNotFoundError):  # in use; or just being made, or removed
+        except OSError:  # in use; or just being made, or removed
             continue
         try:
             trees.remove_tree(directory)
-        except FileNotFoundError:  # another server was quicker
-            pass
+        except OSError as e:
+            log.warning("what a server has left in %s can't be removed: %s", directory, e)
         finally:
             os.close(fd)

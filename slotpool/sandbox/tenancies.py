@@ -56,7 +56,7 @@ class TenancyMaker:
         """
         self._serial = itertools.count()
         self._users: UserBlock | None = None
-        self._users_lock = threading.Lock()  # guards _users.next()
+        self._users_lock = threading.Lock()  # guards the ids that _users gives out
         self._state = StateDirectory(config.state_dir)
         self.socket_path = os.path.join(self._state.path, "http.sock")
         self._slots_dir = os.path.join(self._state.path, "slots")
@@ -90,7 +90,8 @@ class TenancyMaker:
     def _try_out(self, candidate: Isolation) -> None:
         place = self._make_place(candidate, candidate.default_network)
         try:
-            self._nursery.spawn(candidate.order(place)).destroy()
+            if self._nursery.spawn(candidate.order(place)).destroy():
+                self._leave(place)
         finally:
             trees.remove_tree(place.directory)
 
@@ -99,7 +100,7 @@ class TenancyMaker:
         if chosen.own_users:
             assert self._users is not None
             with self._users_lock:
-                uid = gid = self._users.next()
+                uid = gid = self._users.take()
         directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
         place = Place(directory, self._etc, uid, gid, network)
         # A slot can open its workspace to everybody, but not the way to it.
@@ -145,8 +146,15 @@ class TenancyMaker:
 
         :raises SandboxStartFailed, OSError: if that could not be done.
         """
-        with tenancy.lock:
+        with tenancy.lock:  # a reset and a release may meet here
             tenancy.ended = True
-        if not tenancy.cell.destroy():
-            raise SandboxStartFailed("its processes could not be killed")
-        trees.remove_tree(tenancy.place.directory)
+            if not tenancy.cell.destroy():
+                raise SandboxStartFailed("its processes could not be killed")
+            trees.remove_tree(tenancy.place.directory)
+        self._leave(tenancy.place)
+
+    def _leave(self, place: Place) -> None:
+        """Nothing of it is left."""
+        if self._users is not None:
+            with self._users_lock:
+                self._users.give_back(place.uid)

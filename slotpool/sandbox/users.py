@@ -11,18 +11,18 @@ import time
 from ..errors import StartFailed
 
 REGISTRY = "/run/slotpool/users"  # one lock file a block, held by the server that uses it
-BLOCK = 1000
+BLOCK = 4096
 _KILL_LIMIT = 5.0  # seconds
 # 1879048192 and up are unused by the conventions at https://systemd.io/UIDS-GIDS/
-_BASE, _BLOCKS = 1_900_000_000, 200_000
+_BASE, _BLOCKS = 1_900_000_000, 50_000
 # Where a user namespace maps too few: above the system's own users, below `nobody`.
-_SMALL_BASE, _SMALL_BLOCKS = 20_000, 40
+_SMALL_BASE, _SMALL_BLOCKS = 20_000, 9
 
 
 class UserBlock:
     """``BLOCK`` user ids that no other server on this machine uses, while this object or a process with :attr:`fd` lives.
 
-    Ids go round, so what a lease might leave behind under its user belongs to nobody for the next ``BLOCK`` leases.
+    Ids go round, so what a lease might leave behind under its user belongs to nobody for the next few thousand leases.
     Not thread-safe.
     """
 
@@ -37,12 +37,23 @@ class UserBlock:
                 self.fd = fd
                 self.first = first
                 self._ids = itertools.cycle(range(first, first + BLOCK))
+                self._in_use: set[int] = set()
                 self.clear()
                 return
         raise StartFailed(f"all {blocks} blocks of user ids for slots are in use on this machine; see {REGISTRY}")
 
-    def next(self) -> int:
-        return next(self._ids)
+    def take(self) -> int:
+        """An id that nobody uses."""
+        for _ in range(BLOCK):
+            uid = next(self._ids)
+            if uid not in self._in_use:
+                self._in_use.add(uid)
+                return uid
+        raise StartFailed(f"all {BLOCK} user ids of this server are in use")
+
+    def give_back(self, uid: int) -> None:
+        """No process has that id any more."""
+        self._in_use.discard(uid)
 
     def clear(self) -> None:
         """Kill every process of these users, which a server that was killed may have left."""

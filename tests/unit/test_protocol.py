@@ -27,6 +27,7 @@ CODES: dict[str, tuple[int, type[errors.SlotPoolError], bool]] = {
     "internal": (500, errors.SlotBroken, True),
     "slot_broken": (502, errors.SlotBroken, True),
     "closing": (503, errors.ContainerLost, False),
+    "overloaded": (429, errors.SlotBroken, False),
 }
 SLOT_ERRORS = [code for code, (_, kind, _) in CODES.items() if issubclass(kind, errors.SlotError)]
 

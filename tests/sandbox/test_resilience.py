@@ -1,0 +1,164 @@
+"""What once brought a whole server down, or a slot into another's hands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PACKAGE, SESSION, StartServer, wait_until
+
+from slotpool import SlotPool
+from slotpool.errors import StartFailed
+
+
+def test_a_user_in_use_is_never_given_to_another_slot() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root has users to give")
+    from slotpool.sandbox.users import BLOCK, UserBlock
+
+    users = UserBlock()
+    try:
+        held = users.take()
+        for _ in range(2 * BLOCK):
+            other = users.take()
+            assert other != held
+            users.give_back(other)
+        second = UserBlock()
+        assert second.first != users.first
+        second.close()
+    finally:
+        users.close()
+
+
+def test_a_directory_given_for_workspaces_keeps_what_is_in_it_and_its_mode(start_server: StartServer) -> None:
+    directory = Path(SESSION) / "given"
+    (directory / "precious").mkdir(parents=True)
+    (directory / "precious" / "lock").write_text("not slotpool's")
+    directory.chmod(0o1777)
+    server = start_server("bwrap", slots=1, state_dir=str(directory))
+    server.stop()
+    assert (directory / "precious" / "lock").read_text() == "not slotpool's"
+    assert directory.stat().st_mode & 0o7777 == 0o1777
+    assert [path.name for path in directory.iterdir()] == ["precious"]
+
+
+def test_a_path_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed, match="too long"):
+        SlotPool(state_dir=str(tmp_path / ("d" * 100))).start()
+
+
+def test_many_calls_in_one_slot_all_have_their_results(pool: SlotPool) -> None:
+    with pool.slot() as s:
+        calls: Any = [(s, "bash", {"command": f"echo {i}"}) for i in range(80)]
+        assert [result.stdout for result in pool.execute_batch(calls)] == [f"{i}\n" for i in range(80)]
+
+
+def test_a_stopped_zygote_is_replaced_and_holds_nobody_up(start_server: StartServer) -> None:
+    server = start_server("user", slots=2)
+    one, other = server.lease(2)
+    result = server.bash(one, "kill -STOP -1; sleep 1012", timeout=1.0)
+    assert result["timed_out"]
+    assert result["restarted"]
+    assert server.bash(one, "echo well")["stdout"] == "well\n"
+    assert server.bash(other, "echo well")["stdout"] == "well\n"
+
+
+def test_a_slot_that_reads_its_own_output_does_not_hang_the_server(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    thief = "exec 9</proc/self/fd/1; (while :; do head -c 1 <&9; done) >/dev/null 2>&1 & while :; do echo x; done"
+    for _ in range(3):
+        result = server.bash(lease, thief, timeout=0.3)
+        assert result["timed_out"]
+
+
+def test_more_connections_than_select_can_watch(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    socks = []
+    try:
+        for _ in range(1100):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(server.address[len("unix://") :])
+            socks.append(sock)
+        assert server.bash(lease, "echo well")["stdout"] == "well\n"
+    finally:
+        for sock in socks:
+            sock.close()
+    assert server.bash(lease, "echo well")["stdout"] == "well\n"
+
+
+def test_held_requests_leave_room_for_renewals(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease(ttl=5.0)
+    threads = [threading.Thread(target=server.bash, args=(lease, "sleep 3")) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    assert wait_until(lambda: server.bash(lease, "pgrep -c sleep")["stdout"] == "40\n")
+    assert server.client.renew([lease["token"]], timeout=2.0) == []
+    for thread in threads:
+        thread.join()
+
+
+def test_reset_and_release_at_once_leave_a_usable_slot(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    for _ in range(5):
+        (lease,) = server.lease()
+        server.bash(lease, "mkdir d; cd d; touch {1..2000}")
+        threads = [
+            threading.Thread(target=_quietly, args=(server.client.reset, lease["slot"], lease["token"])),
+            threading.Thread(target=server.client.lease, args=("test", 30.0, 0, [lease["token"]])),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert server.free(1)
+
+
+def _quietly(act: Any, *args: Any) -> None:
+    from slotpool import SlotPoolError
+
+    try:
+        act(*args)
+    except SlotPoolError:
+        pass
+
+
+def test_the_callers_directory_umask_and_signal_mask_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "waitress.py").write_text("raise SystemExit('not the library')")
+    script = (
+        "import os, signal\n"
+        "os.umask(0o077)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGCHLD, signal.SIGINT])\n"
+        "from slotpool import SlotPool\n"
+        "with SlotPool(slots_per_container=1, max_containers=1) as pool:\n"
+        "    for _ in range(3):\n"
+        "        with pool.slot() as s: print(s.bash('touch f; ls').stdout.strip())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.append({PACKAGE!r})\n{script}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("f\nf\nf\n", "")
+
+
+def test_a_forked_child_that_lives_on_does_not_hold_up_stop() -> None:
+    pool = SlotPool(slots_per_container=1, max_containers=1).start()
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        (server,) = pool._fleet._servers.values()  # type: ignore[attr-defined]
+        pool.stop()
+        assert server._process.returncode == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
