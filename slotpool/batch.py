@@ -73,6 +73,8 @@ def _run_in(container: Container, part: Sequence[Entry]) -> list[ExecutionResult
     for (slot, request), answer in zip(part, answers):
         if isinstance(answer, LeaseLost):
             slot._tenure.lose(answer.message)
-        make = ExecutionResult.failed if isinstance(answer, Exception) else ExecutionResult.of
-        results.append(make(answer, request["execution_id"], slot.slot_id))
+        if isinstance(answer, Exception):
+            results.append(ExecutionResult.failed(answer, request["execution_id"], slot.slot_id))
+        else:
+            results.append(ExecutionResult.of(answer, slot.slot_id))
     return results

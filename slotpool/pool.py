@@ -232,16 +232,15 @@ class SlotPool:
         :raises SlotError: ``may_have_run`` tells whether it is safe to try again elsewhere.
         """
         self._check_call(slot, tool, args)
-        execution_id = secrets.token_hex(16)
         limit = self._timeout(timeout)
         failed = True
         try:
             with slot._tenure.use() as client:
-                result = client.execute(slot.slot_id, slot._tenure.token, tool, args, limit, execution_id)
+                result = client.execute(slot.slot_id, slot._tenure.token, tool, args, limit)
             failed = False
         finally:
             self._count(1, failed)
-        return ExecutionResult.of(result, execution_id, slot.slot_id)
+        return ExecutionResult.of(result, slot.slot_id)
 
     def execute_batch(
         self, calls: Iterable[tuple[Slot, str, Mapping[str, Any]]], timeout: float | None = None

@@ -98,7 +98,7 @@ class ExecutionResult:
         return {**fields, "output": self.output, "truncated": self.truncated}
 
     @classmethod
-    def of(cls, result: Result, execution_id: str, slot_id: str) -> ExecutionResult:
+    def of(cls, result: Result, slot_id: str) -> ExecutionResult:
         """From a server's answer."""
         return cls(
             success=result["exit_code"] == 0 and not result["timed_out"] and not result["error"],
@@ -113,7 +113,7 @@ class ExecutionResult:
             stderr_truncated=result["stderr_truncated"],
             duration=result["duration"],
             error=result["error"],
-            execution_id=execution_id,
+            execution_id=result["execution_id"],
             slot_id=slot_id,
             metadata={key: result[key] for key in ("isolation", "network", "restarted")},
         )

@@ -96,6 +96,7 @@ class Outcome:
     status: int | None = None  # as waitpid gives it; None if the zygote was lost before it could tell
     timed_out: bool = False
     cancelled: bool = False
+    never_began: bool = False  # the waiting shell was killed, by what the slot ran before, ere it had read its command
     duration: float = 0.0  # seconds
 
     @property
@@ -199,6 +200,8 @@ class Driver:
                 _drain(fd, output)
         for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
             self._unwatch(fd)
+        status = job.outcome.status
+        job.outcome.never_began = status is not None and status > 0 and call.script_unread()
         job.outcome.cancelled = call.close()
         job.outcome.duration = time.monotonic() - job.started
         self._open.discard(job)

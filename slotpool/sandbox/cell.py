@@ -9,12 +9,15 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -216,6 +219,7 @@ class Call:
         self._cancelled = False
         self.cell = cell
         self.feeds: list[Feed] = []
+        self._script: int | None = None
         with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
             self.sock, far_sock = socket.socketpair()
             near.callback(self.sock.close)
@@ -228,7 +232,11 @@ class Call:
                     self.feeds.append(Feed(name, ours))
                 os.set_blocking(ours, False)  # what poll(2) has seen there, the slot may have taken away since
                 near.callback(os.close, ours)
-                far.callback(os.close, theirs)
+                if name == "script":
+                    self._script = theirs  # kept, to see whether the shell has read it
+                    near.callback(os.close, theirs)
+                else:
+                    far.callback(os.close, theirs)
                 if name == "stdout":
                     self.stdout = ours
                 elif name == "stderr":
@@ -274,6 +282,13 @@ class Call:
             return None
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
 
+    def script_unread(self) -> bool:
+        """Whether a shell has not read its script to the end. It runs nothing of it before."""
+        if self._script is None:
+            return False
+        (left,) = struct.unpack("i", fcntl.ioctl(self._script, termios.FIONREAD, b"\0" * 4))
+        return bool(left > 0)
+
     def kill(self) -> None:
         """Have the zygote kill the process and all that it started. Its status still comes."""
         with self._lock:
@@ -300,6 +315,8 @@ class Call:
                 self.sock.close()
                 os.close(self.stdout)
                 os.close(self.stderr)
+                if self._script is not None:
+                    os.close(self._script)
                 for feed in self.feeds:
                     os.close(feed.fd)
             return self._cancelled

@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
-from ..errors import ContainerLost, ContainerRefused, SlotPoolError
+from ..errors import ContainerLost, ContainerRefused, SlotBroken, SlotPoolError
 from . import protocol
 from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, Result
 from .transport import Broken, NotSent, Transport
@@ -88,11 +88,21 @@ class SandboxClient:
         The request carries an id, so that it is repeated after a broken connection without being run again. An interrupt
         (Ctrl-C) ends the command before it is raised on.
 
+        What certainly has not run is tried twice more, under another id, unless one is given.
+
         :param timeout: seconds until the command is killed; the request's own limits follow from it.
         :raises SlotError: ``may_have_run`` tells whether a repetition by the caller could run it twice.
         :raises InvalidRequest: nothing was run.
         """
-        execution_id = execution_id or secrets.token_hex(16)
+        for last in (False, False, True):
+            try:
+                return self._execute(slot, lease, tool, args, timeout, execution_id or secrets.token_hex(16))
+            except SlotBroken as e:
+                if e.may_have_run or last or execution_id is not None:
+                    raise
+        raise AssertionError
+
+    def _execute(self, slot: str, lease: str, tool: str, args: Mapping[str, Any], timeout: float, execution_id: str) -> Result:
         call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
         deadline = time.monotonic() + timeout + _ENDING + _SLACK

@@ -10,7 +10,7 @@ import attr
 
 from .protocol import RequestFailed, Result
 
-_KEPT_RESULTS = 32
+_KEPT_RESULTS = 256
 _KEPT_CHARACTERS = 16 * 1024 * 1024
 _KNOWN_IDS = 10_000
 _CANCELLED = ("cancelled",)  # the request of an execution that was cancelled before it came

@@ -262,6 +262,9 @@ class Host:
         if job.outcome.status == zygote.NOT_STARTED:
             why = f"the slot has as many processes as it may have, {self.config.max_processes}; reset it, or release it"
             raise RequestFailed("slot_broken", why, may_have_run=False)
+        if job.outcome.never_began and not (job.outcome.timed_out or job.outcome.cancelled):
+            why = "the waiting shell was killed by what the slot had run before"
+            raise RequestFailed("slot_broken", why, may_have_run=False)
         if not job.outcome.lost:
             return False
         if self._closing:
@@ -381,6 +384,7 @@ class _Run:
         if status is None or (outcome.timed_out and signum is None):
             signum = signal.SIGKILL
         return {
+            "execution_id": self._call["execution_id"],
             "stdout": outcome.stdout.text(),
             "stderr": outcome.stderr.text(),
             "exit_code": 128 + signum if signum else os.WEXITSTATUS(status or 0),

@@ -65,6 +65,7 @@ STATUS: dict[str, int] = {
 class Result(TypedDict):
     """What an execution gives."""
 
+    execution_id: str
     stdout: str  # UTF-8; a byte that is not is a surrogate escape (PEP 383)
     stderr: str
     exit_code: int  # 128 + the signal's number if it was killed by one, as shells count

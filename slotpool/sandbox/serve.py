@@ -53,6 +53,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes four descriptors, a waiting shell as many
     _on_signals(_leave)
+    signal.signal(signal.SIGUSR1, _leave)
     host = Host(config.host)
     try:
         # Requests that wait are answered while the server still runs; only then is it left.
@@ -60,13 +61,13 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
         _listen(config, host, on_ready)
     finally:
         _on_signals(signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         host.close()
 
 
 def _on_signals(handler: Any) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, handler)
-    signal.signal(signal.SIGUSR1, _leave)
 
 
 def _end(host: Host) -> None:

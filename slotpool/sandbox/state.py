@@ -54,7 +54,11 @@ class StateDirectory:
         os.close(self.lock)
 
     def tidy(self) -> None:
-        """Remove the parent directory, if it is the default one and this was the last in it."""
+        """Remove what is left if the nursery was killed, and the parent directory, if it is the default one and empty then."""
+        try:
+            trees.remove_tree(self.path)
+        except OSError as e:
+            log.warning("%s can't be removed: %s", self.path, e)
         if not self._shared:
             return
         try:

@@ -82,10 +82,10 @@ class TenancyMaker:
         """End every sandbox, remove every file."""
         self._state.release()
         self._nursery.close()
-        self._state.tidy()
         if self._users is not None:
             self._users.clear()  # nobody is left, unless the nursery was killed
             self._users.close()
+        self._state.tidy()
 
     def _try_out(self, candidate: Isolation) -> None:
         place = self._make_place(candidate, candidate.default_network)

@@ -74,6 +74,8 @@ class Transport:
             raise
         if keep and not self._closed and len(self._idle) < self._most:
             self._idle.append(connection)
+            if self._is_closed():  # since the last look
+                self.close()
         else:
             connection.close()
         return status, content
@@ -104,6 +106,9 @@ class Transport:
             return status, json.loads(content)
         except ValueError:
             return status, None
+
+    def _is_closed(self) -> bool:
+        return self._closed
 
     def close(self) -> None:
         """Close the idle connections now, and those in use when their request ends."""

@@ -84,7 +84,7 @@ def test_a_cut_batch_runs_each_once(start_server: StartServer, through: Through)
 def test_connections_that_are_always_cut_end_in_a_typed_error(start_server: StartServer, through: Through) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
-    client = through(server, lambda where, seen: where == "request" and b'"bash"' in seen)
+    client = through(server, lambda where, _: where == "answer")
     with pytest.raises(ContainerLost) as lost:
         client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20)
     assert lost.value.may_have_run
@@ -147,7 +147,7 @@ def test_an_old_result_is_dropped_but_its_command_never_runs_again(start_server:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20, "the-id")
-    for _ in range(40):
+    for _ in range(260):
         server.bash(lease, "true")
     with pytest.raises(SlotBroken, match="no longer kept") as gone:
         server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20, "the-id")
@@ -208,6 +208,8 @@ def test_processes_killed_from_inside_are_told_and_replaced(start_server: StartS
 def test_a_waiting_shell_killed_from_inside_costs_nothing(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
-    for _ in range(5):
-        server.bash(lease, "pkill -9 bash; true")
-    assert server.bash(lease, "echo well")["stdout"] == "well\n"
+    for _ in range(30):
+        server.bash(lease, "(sleep 0.00$((RANDOM % 9)); pkill -9 bash) >/dev/null 2>&1 &")
+        result = server.bash(lease, "echo run >> runs; echo well")
+        assert result["stdout"] == "well\n" or result["signal"] == 9
+        server.bash(lease, "while pgrep pkill; do :; done; true")

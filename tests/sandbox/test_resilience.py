@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -82,6 +83,8 @@ def test_a_slot_that_reads_its_own_output_does_not_hang_the_server(start_server:
 def test_more_connections_than_select_can_watch(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
     socks = []
     try:
         for _ in range(1100):
@@ -92,6 +95,7 @@ def test_more_connections_than_select_can_watch(start_server: StartServer) -> No
     finally:
         for sock in socks:
             sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert server.bash(lease, "echo well")["stdout"] == "well\n"
 
 

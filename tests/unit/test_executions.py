@@ -11,12 +11,13 @@ from slotpool.sandbox.executions import Execution, Executions
 from slotpool.sandbox.protocol import RequestFailed, Result, to_exception
 
 REQUEST = ("bash", {"command": "true"}, 5.0)
-KEPT = 32  # results; as the protocol's 410 says, older ones are gone
+KEPT = 256  # results; as the protocol's 410 says, older ones are gone
 MANY = 10_000
 
 
 def result(stdout: str = "") -> Result:
     return {
+        "execution_id": "an-id",
         "stdout": stdout,
         "stderr": "",
         "exit_code": 0,
