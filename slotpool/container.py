@@ -13,12 +13,13 @@ from .tenure import Tenure
 class Container:
     """Plain data and a client; the pool's lock guards all but the client."""
 
-    def __init__(self, member: Member, capacity: int) -> None:
+    def __init__(self, member: Member, size: int) -> None:
         self.member = member
         self.id = member.id
         self.address = member.address
-        self.capacity = capacity
-        self.client = SandboxClient(member.address, member.token, connections=2 * capacity + 4)
+        self.size = size  # slots that it has
+        self.capacity = size  # of them, those that are not quarantined
+        self.client = SandboxClient(member.address, member.token, connections=2 * size + 4)
         self.tenures: dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
         self.outbox: list[str] = []  # tokens to give back
         self.asking = 0  # leases asked for, not yet answered

@@ -90,7 +90,8 @@ class SlotPool:
     def stop(self, purge_job: bool = False) -> None:
         """End everything: waiters get :class:`PoolClosed`, held slots are lost, leases are given back, local servers ended.
 
-        Repeatable, from any thread. In a process forked from the pool's it does nothing.
+        Repeatable, from any thread. In a process forked from the pool's it does nothing. Don't call it in a signal's handler,
+        which may have interrupted the pool amid a change; raise an exception there, and let the ``with`` block stop the pool.
 
         :param purge_job: also remove what a cluster keeps for the fleet; nothing if it is local.
         """

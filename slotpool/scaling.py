@@ -9,7 +9,7 @@ import attr
 class Demand:
     """What the pool needs now."""
 
-    leased: int  # slots handed out
+    leased: int  # slots handed out, and those that containers lack
     waiting: int  # callers that wait for one
 
 

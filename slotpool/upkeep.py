@@ -11,6 +11,7 @@ from .config import SlotPoolConfig
 from .container import Container
 from .errors import ContainerRefused, SlotPoolError, StartFailed
 from .fleet import Fleet, Member
+from .sandbox.protocol import RenewAnswer
 from .scaling import Demand, Scaler
 from .supply import Supply
 
@@ -49,8 +50,8 @@ class Upkeep:
         needed = self._config.min_containers if self._scales else 1
         deadline = time.monotonic() + self._config.start_timeout
         while True:
-            failure = self._fleet.failure()
             with self._changed:
+                failure = self._fleet.failure()  # under the lock, or a change after it would not end the wait below
                 if len(self._supply.containers) >= needed:
                     return
                 if failure is None and not self._scales:
@@ -89,8 +90,8 @@ class Upkeep:
         failure: Exception | None = None
         try:
             container.info = container.client.health()
-            container.capacity = int(container.info.get("slots", 0))
-            if container.capacity < 1:
+            container.size = container.capacity = int(container.info.get("slots", 0))
+            if container.size < 1:
                 failure = ContainerRefused(f"{member.address} did not tell how many slots it has; is the token right?")
         except Exception as e:  # it is not known what answers there
             failure = e
@@ -127,7 +128,12 @@ class Upkeep:
     # Scaling
 
     def _demand(self) -> Demand:
-        return Demand(len(self._supply.held), len(self._supply.waiters))
+        lacking = sum(
+            max(0, self._config.slots_per_container - one.capacity)
+            for one in self._supply.containers.values()
+            if not one.cordoned
+        )
+        return Demand(len(self._supply.held) + lacking, len(self._supply.waiters))
 
     def _decide_scale(self) -> None:
         """Scale up, if demand wants it."""
@@ -203,32 +209,42 @@ class Upkeep:
         """Without the lock."""
         with self._supply.lock:
             tokens = list(container.tenures)
-        failure: SlotPoolError | None = None
-        lost: list[str] = []
+        answer: RenewAnswer | None = None
+        why = ""
         try:
-            lost = container.client.renew(tokens, timeout=max(0.2, min(5.0, self._config.lease_ttl / 3)))
+            answer = container.client.renew(tokens, timeout=max(0.2, min(5.0, self._config.lease_ttl / 3)))
         except SlotPoolError as e:
-            failure = e
+            if self._supply.open and not container.cordoned:
+                log.warning("%s does not answer the health check: %s", container.id, e)
+            why = f"it has not answered for {self._config.lease_ttl:g} s: {e}"
         with self._supply.lock:
             container.checking = False
-            now = time.monotonic()
-            if failure is None:
-                container.answered_at = now
-            for token in lost:
-                tenure = container.tenures.pop(token, None)
-                if tenure is not None:
-                    tenure.lose(f"{tenure.slot} of {container.id} is lost: its server has ended the lease")
-                    self._supply.counters.leases_lost += 1
-            if lost:
-                self._supply.keep_ready(lambda _: True)
-                self._supply.refill()
+            if answer is not None:
+                container.answered_at = time.monotonic()
+                why = self._renewed(container, answer)
             # No lease in it can have outlived this, so nothing is taken from anybody.
-            hopeless = failure is not None and now - container.answered_at > self._config.lease_ttl
-            hopeless = hopeless and container.id in self._supply.containers
+            elif time.monotonic() - container.answered_at <= self._config.lease_ttl:
+                why = ""
+            hopeless = bool(why) and container.id in self._supply.containers
             if hopeless:
-                self._drop(container, f"it has not answered for {self._config.lease_ttl:g} s: {failure}")
-        if failure is not None and self._supply.open and not container.cordoned:
-            log.warning("%s does not answer the health check: %s", container.id, failure)
+                self._drop(container, why)
         if hopeless:
+            log.warning("%s is given up: %s", container.id, why)
             self._fleet.replace(container.member)
             self.sync()
+
+    def _renewed(self, container: Container, answer: RenewAnswer) -> str:
+        """Take in what the server said; why the container should be replaced, if it should."""
+        for token in answer["lost"]:
+            tenure = container.tenures.pop(token, None)
+            if tenure is not None:
+                tenure.lose(f"{tenure.slot} of {container.id} is lost: its server has ended the lease")
+                self._supply.counters.leases_lost += 1
+        if answer["lost"]:
+            self._supply.keep_ready(lambda _: True)
+            self._supply.refill()
+        container.capacity = int(answer.get("usable", container.capacity))
+        worn = container.size - container.capacity
+        if worn <= 0 or not self._scales or any(tenure.container is container for tenure in self._supply.held):
+            return ""
+        return f"{worn} of its {container.size} slots could not be made clean and are quarantined"

@@ -181,7 +181,7 @@ class LocalFleet:
                         log.warning("local server %s has ended", server.id)
                 if server in self._ending:
                     self._ending.remove(server)
-                if server.failure is not None:
+                elif server.failure is not None:
                     self._failure = server.failure
                     self._not_before = time.monotonic() + _BACKOFF[min(self._failures, len(_BACKOFF) - 1)]
                     self._failures += 1
@@ -196,7 +196,7 @@ class LocalFleet:
                 return
             del self._servers[member.index]
             self._ending.append(server)
-        log.warning("killing local server %s, which does not answer", member.id)
+        log.warning("killing local server %s", member.id)
         server.kill()
 
     def stop(self, purge: bool) -> None:

@@ -152,7 +152,8 @@ class App:
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "tokens")
-        return _json(200, {"boot_id": self._host.boot_id, "lost": self._host.renew(_strings(body, "tokens"))})
+        lost, usable = self._host.renew(_strings(body, "tokens"))
+        return _json(200, {"boot_id": self._host.boot_id, "lost": lost, "usable": usable})
 
     def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import select
 import struct
@@ -113,11 +114,18 @@ class Job:
     stdout_limit: int
     stderr_limit: int
     on_end: Callable[[], None]
+    patience: float = math.inf  # seconds without a byte in or out after which it counts as past its deadline
     outcome: Outcome = attr.ib(init=False)
     started: float = attr.ib(factory=time.monotonic, init=False)
+    moved: float = attr.ib(factory=time.monotonic, init=False)  # when the last byte went in or out
 
     def __attrs_post_init__(self) -> None:
         self.outcome = Outcome(Output(self.stdout_limit), Output(self.stderr_limit))
+
+    @property
+    def due(self) -> float:
+        """When it is to be ended, as things stand."""
+        return min(self.deadline, self.moved + self.patience)
 
 
 class Driver:
@@ -154,9 +162,9 @@ class Driver:
         """Go on until all have ended, or until that time on the monotonic clock; whether all have ended."""
         while self._open:
             now = time.monotonic()
-            first = min(job.deadline for job in self._open)
+            first = min(job.due for job in self._open)
             if now >= first:
-                for job in [job for job in self._open if now >= job.deadline]:
+                for job in [job for job in self._open if now >= job.due]:
                     self._expire(job, now)
                 continue
             if now >= until:
@@ -172,6 +180,7 @@ class Driver:
             job.outcome.status = job.call.read_status()
             self._finish(job)
         elif what == "feed":
+            job.moved = time.monotonic()
             if event & select.POLLERR or job.call.feed(fd):
                 self._unwatch(fd)
                 job.call.close_feed(fd)
@@ -181,6 +190,7 @@ class Driver:
             except BlockingIOError:
                 return
             if chunk:
+                job.moved = time.monotonic()
                 getattr(job.outcome, what).add(chunk)
             else:
                 self._unwatch(fd)
@@ -190,7 +200,7 @@ class Driver:
             self._finish(job)
             return
         job.outcome.timed_out = True
-        job.deadline = now + KILL_LIMIT
+        job.deadline, job.patience = now + KILL_LIMIT, math.inf
         job.call.kill()
 
     def _finish(self, job: Job) -> None:

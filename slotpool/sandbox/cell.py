@@ -48,7 +48,8 @@ class NurseryProcess:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[far.fileno(), *locks],
                 start_new_session=True,
-                env={},
+                # Python itself may need that one; nothing else of the server's environment goes into sandboxes.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 cwd="/",
             )
             self._control = near.dup()

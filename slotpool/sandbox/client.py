@@ -12,7 +12,7 @@ from typing import Any, Callable, TypeVar
 
 from ..errors import ContainerLost, ContainerRefused, SlotBroken, SlotPoolError
 from . import protocol
-from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, Result
+from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, RenewAnswer, Result
 from .transport import Broken, NotSent, Transport
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ _SLACK = 10.0  # seconds more than its work takes that a server may be silent
 _ENDING = 3.0  # seconds that a server takes at most to end a command whose time is up
 _PAUSES = (0.05, 0.2, 0.5)  # before each repetition, in seconds
 _MOST_CALLS = 1000  # of a batch that go in one request
+_RETRIES = 2  # of a command that certainly has not run
 _LEAST = 0.2  # seconds between two requests for the same result
 _CANCEL_TIMEOUT = 3.0
 _FILE_TIMEOUT = 330.0
@@ -66,13 +67,14 @@ class SandboxClient:
         )
         return answer  # type: ignore[no-any-return]
 
-    def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> list[str]:
-        """``POST /v1/leases/renew``; the tokens that aren't held any more. Not repeated."""
+    def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> RenewAnswer:
+        """``POST /v1/leases/renew``. Not repeated."""
         try:
             answer = self._http.json("POST", "/v1/leases/renew", {"tokens": list(tokens)}, timeout)
         except (NotSent, Broken) as e:
             raise self._lost(str(e), False) from e
-        return list(self._dict((answer[0], answer[1], False))["lost"])
+        renewed: Any = self._dict((answer[0], answer[1], False))
+        return renewed  # type: ignore[no-any-return]
 
     def execute(
         self,
@@ -94,13 +96,13 @@ class SandboxClient:
         :raises SlotError: ``may_have_run`` tells whether a repetition by the caller could run it twice.
         :raises InvalidRequest: nothing was run.
         """
-        for last in (False, False, True):
+        for _ in range(_RETRIES):
             try:
                 return self._execute(slot, lease, tool, args, timeout, execution_id or secrets.token_hex(16))
             except SlotBroken as e:
-                if e.may_have_run or last or execution_id is not None:
+                if e.may_have_run or execution_id is not None:
                     raise
-        raise AssertionError
+        return self._execute(slot, lease, tool, args, timeout, execution_id or secrets.token_hex(16))
 
     def _execute(self, slot: str, lease: str, tool: str, args: Mapping[str, Any], timeout: float, execution_id: str) -> Result:
         call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
@@ -131,9 +133,12 @@ class SandboxClient:
     def batch(self, calls: Sequence[CallRequest]) -> list[object]:
         """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
         exception that :meth:`execute` would have raised.
+
+        As there, what certainly has not run is tried twice more; such a call's ``execution_id`` is replaced.
         """
         if len(calls) > _MOST_CALLS:
             return self.batch(calls[:_MOST_CALLS]) + self.batch(calls[_MOST_CALLS:])
+        retries = [_RETRIES] * len(calls)
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
         found: list[object] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
@@ -150,13 +155,19 @@ class SandboxClient:
                     raise self._lost(f"the commands should have ended {_ENDING + _SLACK:.0f} s ago", True)
                 status, body, repeated = self._repeat(ask)
                 answers = self._dict((status, body, repeated))["results"]
+                anew = False
                 for i, answer in zip(open_, answers):
                     if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
-                        found[i] = protocol.to_exception(0, answer, repeated)
+                        failure = found[i] = protocol.to_exception(0, answer, repeated)
+                        if isinstance(failure, SlotBroken) and not failure.may_have_run and retries[i]:
+                            retries[i] -= 1
+                            found[i] = None
+                            calls[i]["execution_id"] = secrets.token_hex(16)
+                            anew = True
                     elif "running" not in answer:
                         found[i] = answer
                 open_ = [i for i in open_ if found[i] is None]
-                if open_:
+                if open_ and not anew:
                     pause()
         except SlotPoolError as e:
             for i in open_:

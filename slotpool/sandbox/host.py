@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -134,10 +135,10 @@ class Host:
         for slot in slots:
             self._cleaners.submit(self._make_ready, slot)
 
-    def renew(self, tokens: Sequence[str]) -> list[str]:
-        """Renew leases; the tokens that aren't held."""
+    def renew(self, tokens: Sequence[str]) -> tuple[list[str], int]:
+        """Renew leases; the tokens that aren't held, and how many slots are not quarantined."""
         with self._changed:
-            return self._table.renew(tokens, time.monotonic())
+            return self._table.renew(tokens, time.monotonic()), self._table.usable()
 
     def _reap(self) -> None:
         while True:
@@ -224,7 +225,7 @@ class Host:
         """Use a file tool outside of executions, as repeating it does no harm."""
         tenancy = self._tenancy(slot, token)
         tool = tools.parse(name, args, self.setting(tenancy))
-        job = self.start(tenancy, tool, FILE_LIMIT, lambda: None)
+        job = self.start(tenancy, tool, FILE_LIMIT, lambda: None, self.config.file_patience)
         Driver([job]).run()
         self.check(job, tenancy, slot, token)
         error = tool.error(job.outcome)
@@ -239,7 +240,9 @@ class Host:
         workspace = self.isolation.workspace(place)
         return tools.Setting(workspace, self.isolation.mode, place.network, config.max_output, config.max_file)
 
-    def start(self, tenancy: Tenancy, tool: tools.Tool, timeout: float, on_end: Callable[[], None]) -> Job:
+    def start(
+        self, tenancy: Tenancy, tool: tools.Tool, timeout: float, on_end: Callable[[], None], patience: float = math.inf
+    ) -> Job:
         """Start ``tool`` in the tenancy's cell, in a new one if that takes no orders any more."""
         cell = tenancy.cell
         try:
@@ -252,7 +255,7 @@ class Host:
                 call = tool.start(tenancy.cell)
             except OSError as e:
                 raise RequestFailed("slot_broken", f"the slot's processes are gone: {e}", may_have_run=False) from e
-        return Job(call, time.monotonic() + timeout, tool.stdout_limit, tool.stderr_limit, on_end)
+        return Job(call, time.monotonic() + timeout, tool.stdout_limit, tool.stderr_limit, on_end, patience)
 
     def check(self, job: Job, tenancy: Tenancy, slot: str, token: str) -> bool:
         """Deal with a lost outcome; whether the slot's processes had to be replaced.

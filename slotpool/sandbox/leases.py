@@ -112,6 +112,10 @@ class LeaseTable:
         assert row.state is State.PREPARING, row.state
         row.state, row.why = State.QUARANTINED, why
 
+    def usable(self) -> int:
+        """How many slots are not quarantined."""
+        return sum(row.state is not State.QUARANTINED for row in self._rows.values())
+
     def counts(self) -> dict[str, int]:
         """How many slots are in each state."""
         found = {state.value: 0 for state in State}

@@ -15,7 +15,8 @@ the lease.
     200 ``{"boot_id", "leases": [{"slot", "token", "workspace", "network"}]}``. Tokens to release that aren't held are ignored.
     Repeating a request whose answer was lost takes further leases; the lost ones expire.
 ``POST /v1/leases/renew`` ``{"tokens": [lease token]}``
-    200 ``{"boot_id", "lost": [lease token]}``: those that are not held any more.
+    200 ``{"boot_id", "lost": [lease token], "usable": int}``: those that are not held any more, and how many of the server's
+    slots are not quarantined.
 ``POST /v1/slots/SLOT/execute`` ``{"execution_id", "tool", "args": {}, "timeout": seconds, "wait": seconds}``
     Run a tool, once for each ``execution_id`` in a lease however often it is asked for: a repetition joins it or gets the
     kept result. 200 a result (see :class:`Result`); 202 ``{"running": true}`` after ``wait`` seconds: ask again;
@@ -164,6 +165,12 @@ class Lease(TypedDict):
 class LeaseAnswer(TypedDict):
     boot_id: str
     leases: list[Lease]
+
+
+class RenewAnswer(TypedDict):
+    boot_id: str
+    lost: list[str]
+    usable: int
 
 
 class CallRequest(TypedDict):

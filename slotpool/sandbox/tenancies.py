@@ -30,6 +30,7 @@ class HostConfig:
     isolation: str = "auto"
     max_output: int = 50_000  # bytes kept of each stream
     max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
+    file_patience: float = 20.0  # seconds without a byte after which reading or writing one ends: the slot moves them
     max_processes: int = 1024  # for each slot
     readonly_paths: tuple[str, ...] = ()
     state_dir: str | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import posixpath
 import re
 import secrets
@@ -74,7 +73,7 @@ class Bash:
         self.stderr_limit = max(setting.max_output, 2 * len(self._nonce))
         if args.get("cwd") is not None:
             cwd = _text(args, "cwd")
-            self._cwd = os.fsdecode(cwd)
+            self._cwd = args["cwd"]
             target = b"./" + cwd if cwd.startswith(b"-") else cwd  # `cd -` is another matter
             parts.append(b"cd -- %s||{ printf %%s %s >&2;exit 1;}" % (_quote(target), self._nonce))
         for name, value in self._env(args).items():
@@ -197,9 +196,10 @@ def inside(args: Mapping[str, Any], workspace: str) -> str:
 
     Where links in it lead is no matter: it is opened by a process of the slot, with the slot's own rights.
     """
-    path = os.fsdecode(_text(args, "path"))
+    _text(args, "path")
+    path = args["path"]
     whole = posixpath.normpath(posixpath.join(workspace, path))
-    if not path or len(os.fsencode(whole)) > 4095 or not whole.startswith(workspace + "/"):
+    if not path or len(whole.encode("utf-8", "surrogateescape")) > 4095 or not whole.startswith(workspace + "/"):
         raise protocol.invalid("path", f"the path of a file inside {workspace}, absolute or relative to it", path)
     return whole
 

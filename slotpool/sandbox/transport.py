@@ -32,6 +32,10 @@ class Broken(Exception):
     """The connection broke, or no answer came in time, after the request may have been sent."""
 
 
+class _Malformed(Exception):
+    """The answer is not what these servers send."""
+
+
 class Transport:
     """Requests to one server. Thread-safe; each has a connection to itself, and up to ``connections`` are kept open.
 
@@ -66,11 +70,10 @@ class Transport:
         connection = self._take()
         try:
             status, content, keep = _exchange(connection.sock, head, body, read_timeout)
-        except (OSError, ValueError) as e:
+        except BaseException as e:
             connection.close()
-            raise Broken(f"{type(e).__name__}: {e}") from e
-        except BaseException:
-            connection.close()
+            if isinstance(e, _Malformed) or _is_of_the_system(e):
+                raise Broken(f"{type(e).__name__}: {e}") from e
             raise
         if keep and not self._closed and len(self._idle) < self._most:
             self._idle.append(connection)
@@ -94,6 +97,9 @@ class Transport:
         try:
             return self._connect()
         except (OSError, urllib3.exceptions.HTTPError) as e:
+            cause = e.__cause__ if isinstance(e, urllib3.exceptions.HTTPError) else e
+            if isinstance(cause, OSError) and not _is_of_the_system(cause):
+                raise cause from None
             raise NotSent(str(e)) from e
 
     def json(
@@ -143,48 +149,86 @@ def _connector(address: str) -> Callable[[], Any]:
 
     def connect() -> Any:
         connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT)
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     return connect
 
 
+def _is_of_the_system(error: BaseException) -> bool:
+    """Whether a socket raised it, and not a signal's handler of the caller's, which may raise a ``TimeoutError`` just here.
+
+    What the system reports has a number; a socket's time-out has none, but says these words, the second ones over TLS.
+    """
+    if isinstance(error, socket.timeout) and error.errno is None:
+        return type(error) is socket.timeout and str(error).endswith("timed out")
+    return isinstance(error, OSError) and (error.errno is not None or isinstance(error, ConnectionError))
+
+
 def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout: float) -> tuple[int, bytes, bool]:
     """Send and receive; the status, the content, and whether the connection may be kept.
 
-    :raises ValueError: if the answer is not what these servers send.
+    :raises _Malformed: if the answer is not what these servers send.
     """
     sock.settimeout(read_timeout)
-    if body is None or len(body) <= _JOINED:
-        sock.sendall(head + body if body else head)
-    else:
-        sock.sendall(head)
-        sock.sendall(body)
+    cut: OSError | None = None
+    try:
+        if body is None or len(body) <= _JOINED:
+            sock.sendall(head + body if body else head)
+        else:
+            sock.sendall(head)
+            sock.sendall(body)
+    except (BrokenPipeError, ConnectionResetError) as e:
+        cut = e  # a server that refuses a body may answer and close before all of it is sent
+    try:
+        status, content, keep = _receive_answer(sock)
+    except (OSError, _Malformed):
+        if cut is not None:
+            raise cut from None
+        raise
+    return status, content, keep and cut is None
+
+
+def _receive_answer(sock: socket.socket) -> tuple[int, bytes, bool]:
     received = _receive(sock)
     while True:
         end = received.find(b"\r\n\r\n")
         if end >= 0:
             break
         if len(received) > _MAX_HEAD:
-            raise ValueError("the head of the answer is too long")
+            raise _Malformed("the head of the answer is too long")
         received += _receive(sock)
-    lines = received[:end].split(b"\r\n")
-    version, status = lines[0].split(b" ", 2)[:2]
-    length: int | None = 0 if status in (b"204", b"304") else None
-    keep = version == b"HTTP/1.1"
-    for line in lines[1:]:
-        name, _, value = line.partition(b":")
-        name = name.lower()
-        if name == b"content-length":
-            length = int(value)
-        elif name == b"connection" and value.strip().lower() == b"close":
-            keep = False
+    status, length, keep = _parse_head(received[:end])
     content = received[end + 4 :]
-    if length is None or not len(content) <= length <= _MAX_BODY:
-        raise ValueError(f"an answer without a Content-Length that can be: {lines[0][:100]!r}")
+    if not len(content) <= length <= _MAX_BODY:
+        raise _Malformed(f"an answer with a Content-Length that can't be: {length}")
     if len(content) < length:
         content = _receive_rest(sock, content, length)
-    return int(status), content, keep
+    return status, content, keep
+
+
+def _parse_head(head: bytes) -> tuple[int, int, bool]:
+    """Status, length of the content, whether the connection may be kept."""
+    lines = head.split(b"\r\n")
+    try:
+        version, word = lines[0].split(b" ", 2)[:2]
+        status = int(word)
+        length = 0 if status in (204, 304) else -1
+        keep = version == b"HTTP/1.1"
+        for line in lines[1:]:
+            name, _, value = line.partition(b":")
+            name = name.lower()
+            if name == b"content-length":
+                length = int(value)
+            elif name == b"connection" and value.strip().lower() == b"close":
+                keep = False
+    except ValueError as e:
+        raise _Malformed(f"something else than HTTP: {lines[0][:100]!r}") from e
+    return status, length, keep
 
 
 def _receive(sock: socket.socket) -> bytes:

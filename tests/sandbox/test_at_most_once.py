@@ -13,7 +13,7 @@ from proxy import Cut, CuttingProxy
 
 from slotpool.errors import ContainerLost, InvalidRequest, LeaseLost, SlotBroken
 from slotpool.sandbox.client import SandboxClient
-from slotpool.sandbox.protocol import Lease
+from slotpool.sandbox.protocol import CallRequest, Lease
 
 Through = Callable[[Server, Cut], SandboxClient]
 
@@ -211,5 +211,24 @@ def test_a_waiting_shell_killed_from_inside_costs_nothing(start_server: StartSer
     for _ in range(30):
         server.bash(lease, "(sleep 0.00$((RANDOM % 9)); pkill -9 bash) >/dev/null 2>&1 &")
         result = server.bash(lease, "echo run >> runs; echo well")
+        assert result["stdout"] == "well\n" or result["signal"] == 9
+        server.bash(lease, "while pgrep pkill; do :; done; true")
+
+
+def test_nor_does_one_killed_before_a_batch(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    for i in range(30):
+        server.bash(lease, "(sleep 0.00$((RANDOM % 9)); pkill -9 bash) >/dev/null 2>&1 &")
+        call: CallRequest = {
+            "slot": lease["slot"],
+            "lease": lease["token"],
+            "execution_id": f"x{i}",
+            "tool": "bash",
+            "args": {"command": "echo well"},
+            "timeout": 20.0,
+        }
+        (result,) = server.client.batch([call])
+        assert isinstance(result, dict), result
         assert result["stdout"] == "well\n" or result["signal"] == 9
         server.bash(lease, "while pgrep pkill; do :; done; true")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from conftest import PACKAGE, SESSION, StartServer, wait_until
 
 from slotpool import SlotPool
-from slotpool.errors import StartFailed
+from slotpool.errors import FileError, StartFailed
 
 
 def test_a_user_in_use_is_never_given_to_another_slot() -> None:
@@ -71,6 +72,40 @@ def test_a_stopped_zygote_is_replaced_and_holds_nobody_up(start_server: StartSer
     assert server.bash(other, "echo well")["stdout"] == "well\n"
 
 
+def test_a_stopped_zygote_does_not_hold_up_a_file(start_server: StartServer) -> None:
+    server = start_server("user", slots=1, file_patience=0.5)
+    (lease,) = server.lease()
+    server.client.write_file(lease["slot"], lease["token"], "f", b"text")
+    server.bash(lease, "(sleep 0.2; kill -STOP -1) >/dev/null 2>&1 &")
+
+    def read_until_it_is_stopped() -> None:
+        while True:
+            server.client.read_file(lease["slot"], lease["token"], "f")
+
+    with pytest.raises(FileError, match="it took too long"):
+        read_until_it_is_stopped()
+    assert server.client.read_file(lease["slot"], lease["token"], "f") == b"text"
+
+
+def test_a_container_whose_slots_cannot_be_cleaned_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file that root can't remove")
+    with SlotPool(isolation="none", slots_per_container=1, max_containers=1, health_check_interval=0.1) as pool:
+        with pool.slot() as s:
+            state = Path(s.workspace_dir).parents[2]
+            first = s.alloc_id
+            assert s.bash("touch f && chattr +i f").exit_code == 0
+        try:
+            with pool.slot(timeout=60) as s:
+                assert s.alloc_id != first
+                assert s.bash("ls -A").stdout == ""
+        finally:
+            (stuck,) = state.rglob("f")  # wherever it was moved to
+            subprocess.run(["chattr", "-i", str(stuck)], check=True)
+            shutil.rmtree(state)
+    assert "1 of its 1 slots could not be made clean" in caplog.text
+
+
 def test_a_slot_that_reads_its_own_output_does_not_hang_the_server(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
@@ -106,7 +141,7 @@ def test_held_requests_leave_room_for_renewals(start_server: StartServer) -> Non
     for thread in threads:
         thread.start()
     assert wait_until(lambda: server.bash(lease, "pgrep -c sleep")["stdout"] == "40\n")
-    assert server.client.renew([lease["token"]], timeout=2.0) == []
+    assert server.client.renew([lease["token"]], timeout=2.0)["lost"] == []
     for thread in threads:
         thread.join()
 

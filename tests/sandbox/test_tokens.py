@@ -35,7 +35,7 @@ def check_refused(server: Server, slot: str, token: str) -> None:
         [{"slot": slot, "lease": token, "execution_id": "x", "tool": "bash", "args": args, "timeout": 5.0}]
     )
     assert isinstance(answer, LeaseLost)
-    assert server.client.renew([token]) == [token]
+    assert server.client.renew([token])["lost"] == [token]
     status, _ = server.client._http.json(
         "POST", f"/v1/slots/{slot}/cancel", {"execution_id": "x"}, 10, {"Slotpool-Lease": token}
     )
@@ -82,7 +82,7 @@ def test_any_call_renews_and_so_does_a_renewal(start_server: StartServer) -> Non
     called, renewed = server.lease(2, ttl=1.5)
     for _ in range(5):
         server.bash(called, "sleep 0.5")
-        assert server.client.renew([renewed["token"]]) == []
+        assert server.client.renew([renewed["token"]])["lost"] == []
     assert server.bash(renewed, "echo held")["stdout"] == "held\n"
 
 
@@ -137,7 +137,8 @@ def test_a_killed_client_loses_its_slots_and_nobody_else_does(start_server: Star
     client.send_signal(signal.SIGKILL)
     client.wait()
     client.stdout.close()
-    assert wait_until(lambda: server.client.renew([mine["token"]]) == [] and server.client.health()["counts"]["free"] == 2)
+    assert server.free(2)
+    assert server.client.renew([mine["token"]])["lost"] == []
     for lease in server.lease(2):
         assert server.bash(lease, "ls -A; pgrep -c sleep")["stdout"] == "0\n"
     assert server.bash(mine, "cat file; pgrep -c sleep")["stdout"] == "kept\n1\n"

@@ -484,6 +484,38 @@ def test_after_an_interrupt_the_late_answer_is_nobodys() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize("error", [TimeoutError("the caller's time is up"), OSError("the caller's"), ValueError("his")])
+def test_what_a_signal_handler_raises_is_not_taken_for_the_connections_failure(error: Exception) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise error
+
+    waiting = threading.main_thread().ident
+    assert waiting is not None
+
+    def connection(wire: Wire) -> None:
+        wire.request()
+        signal.pthread_kill(waiting, signal.SIGUSR1)
+        wire.closed()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with serving(connection) as (_, transport), pytest.raises(type(error)) as raised:
+            get(transport)
+        assert raised.value is error
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_answer_that_comes_before_the_body_is_sent_counts() -> None:
+    def connection(wire: Wire) -> None:
+        wire.sock.recv(1 << 16)
+        wire.say(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 4\r\nConnection: close\r\n\r\nlong")
+
+    with serving(connection) as (server, transport):
+        assert transport.request("PUT", "/f", bytes(64 << 20), LIMIT) == (413, b"long")
+    assert server.accepted == 1
+
+
 def test_after_close_it_can_be_used_again() -> None:
     with serving(staying(OK), staying(OK)) as (server, transport):
         get(transport)
