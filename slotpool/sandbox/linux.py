@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ctypes
 import os
+import signal
 import socket
 from typing import Callable
 
@@ -75,6 +76,17 @@ def set_child_subreaper() -> None:
 
 def set_parent_death_signal(signum: int) -> None:
     prctl(PR_SET_PDEATHSIG, signum)
+
+
+def child_signals() -> int:
+    """Block SIGCHLD and give a descriptor that is readable when a child has ended, see signalfd(2); not blocking."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    mask = (ctypes.c_ulong * (128 // ctypes.sizeof(ctypes.c_ulong)))()  # a sigset_t of glibc's
+    mask[0] = 1 << (signal.SIGCHLD - 1)
+    fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        raise _failed("signalfd")
+    return fd
 
 
 def setns(fd: int, kind: int) -> None:

@@ -17,7 +17,6 @@ import functools
 import gc
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -26,6 +25,7 @@ from typing import Callable
 
 from . import confine, linux, trees, zygote
 from .confine import Order
+from .poller import Poller
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
@@ -37,20 +37,12 @@ class Nursery:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        self._poll = select.poll()
-        self._readable: dict[int, Callable[[], None]] = {}
+        self._poller = Poller()
+        self.watch, self.unwatch = self._poller.watch, self._poller.unwatch
         self.exited: dict[int, Callable[[int], None]] = {}
         self.living: set[Sandbox] = set()
         self._serving = True
         self._later: list[tuple[float, Callable[[], None]]] = []
-
-    def watch(self, fd: int, call: Callable[[], None]) -> None:
-        self._readable[fd] = call
-        self._poll.register(fd, select.POLLIN)
-
-    def unwatch(self, fd: int) -> None:
-        del self._readable[fd]
-        self._poll.unregister(fd)
 
     def run(self) -> None:
         wake, wakened = socket.socketpair()
@@ -68,9 +60,8 @@ class Nursery:
                     sandbox.end()
             if deadline is not None and time.monotonic() > deadline:
                 return
-            for fd, _ in self._poll.poll(self._pause(deadline)):
-                if fd in self._readable:  # an earlier event of this round may have closed it
-                    _guarded(self._readable[fd])
+            for call in self._poller.ready(self._pause(deadline)):
+                _guarded(call)
             now = time.monotonic()
             due = [call for at, call in self._later if at <= now]
             self._later = [(at, call) for at, call in self._later if at > now]

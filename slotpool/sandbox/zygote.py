@@ -37,6 +37,7 @@ from collections.abc import Iterator
 from typing import Any, Callable, NoReturn
 
 from . import confine, linux
+from .poller import Poller
 
 # Runs in a shell that is started before its command is known. Descriptor 3 is a pipe; its text is sourced, sets the
 # positional parameter 1 to the command (and does all else that must come first), and the command is then evaluated as
@@ -93,12 +94,11 @@ def send_error(control: socket.socket, why: str) -> None:
 
 
 class _Call:
-    """A running call: its process, its socket, a descriptor that is readable once the process has ended."""
+    """A running call: its process and its socket."""
 
     def __init__(self, pid: int, sock: socket.socket) -> None:
         self.pid = pid
         self.sock = sock
-        self.end = os.pidfd_open(pid)
 
 
 class Zygote:
@@ -108,27 +108,19 @@ class Zygote:
         self._control = control
         self._env = env
         self._calls: dict[int, _Call] = {}  # by process id
-        self._wakes: dict[int, Callable[[], None]] = {}  # by descriptor
-        self._poll = select.poll()
+        self._poller = Poller()
+        # A descriptor, as a signal's handler costs more than all else that is done here.
+        self._child_ended = linux.child_signals()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> NoReturn:
-        self._watch(self._control.fileno(), self._start)
+        self._poller.watch(self._control.fileno(), self._start)
+        self._poller.watch(self._child_ended, self._reap)
         gc.disable()  # nothing here makes cycles, and a collection would copy memory that is shared with the nursery
         self._control.send(READY, socket.MSG_NOSIGNAL)
         while True:
-            for fd, _ in self._poll.poll():
-                wake = self._wakes.get(fd)
-                if wake is not None:  # else an earlier one of this round has closed it
-                    wake()
-
-    def _watch(self, fd: int, wake: Callable[[], None]) -> None:
-        self._wakes[fd] = wake
-        self._poll.register(fd, select.POLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        del self._wakes[fd]
-        self._poll.unregister(fd)
+            for wake in self._poller.ready():
+                wake()
 
     def _start(self) -> None:
         message, fds = linux.receive(self._control, 65536, 8)
@@ -147,22 +139,27 @@ class Zygote:
             sock.close()
             return
         call = self._calls[pid] = _Call(pid, sock)
-        # A descriptor for its end, and not SIGCHLD, as a signal handler costs more than all else that is done here.
-        self._watch(call.end, self._reap)
-        self._watch(call.sock.fileno(), lambda: self._kill(call))
+        self._poller.watch(call.sock.fileno(), lambda: self._kill(call))
 
     def _fork(self) -> int | None:
         """As ``os.fork``; None if the slot has as many processes as it may have."""
         try:
             return os.fork()
         except OSError:
-            self._reap()  # the dead ones count until they are collected
+            self._collect()  # the dead ones count until then
         try:
             return os.fork()
         except OSError:
             return None
 
     def _reap(self) -> None:
+        try:
+            os.read(self._child_ended, 4096)
+        except BlockingIOError:
+            pass
+        self._collect()
+
+    def _collect(self) -> None:
         """Collect every child that has ended, those that were orphaned and came to this process too."""
         while True:
             try:
@@ -181,22 +178,21 @@ class Zygote:
         except OSError:  # the server has given this call up
             pass
         del self._calls[call.pid]
-        self._unwatch(call.sock.fileno())
-        self._unwatch(call.end)
+        self._poller.unwatch(call.sock.fileno())
         call.sock.close()
-        os.close(call.end)
 
     def _kill(self, call: _Call) -> None:
         if not kill_tree(call.pid):
             os._exit(1)  # the server replaces the whole sandbox
         _, status = os.waitpid(call.pid, 0)
         self._ended(call, status)
-        self._reap()  # what was orphaned by the killing
+        self._collect()  # what was orphaned by the killing
 
     def _become(self, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         try:
             linux.set_child_subreaper()  # what daemonises stays below this process, where a time-out finds it
             os.setsid()
+            signal.pthread_sigmask(signal.SIG_SETMASK, [])
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             os.dup2(fds.get("stdin", self._null), 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, SESSION, StartServer, wait_until
+from conftest import MODES, PACKAGE, SESSION, StartServer, wait_until
 
 from slotpool import SlotPool
 from slotpool.errors import FileError, StartFailed
@@ -201,3 +201,12 @@ def test_a_forked_child_that_lives_on_does_not_hold_up_stop() -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_background_process_that_has_ended_is_gone_for_later_commands(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, "sleep 1013 & echo $! >pid")
+    result = server.bash(lease, "kill $(<pid); while kill -0 $(<pid); do :; done 2>&-; echo gone", timeout=5.0)
+    assert result["stdout"] == "gone\n"
