@@ -75,7 +75,7 @@ class Supply:
             else:
                 self.waiters.append(waiter)
                 self.counters.requests_queued += 1
-            self._refill()
+            self.refill()
         return tenure if tenure is not None else self._wait(waiter, asked, timeout)
 
     def _wait(self, waiter: _Waiter, asked: float, timeout: float) -> Tenure:
@@ -187,9 +187,6 @@ class Supply:
 
     def refill(self) -> None:
         """See that leases are asked for, and containers, as need be. The lock is held."""
-        self._refill()
-
-    def _refill(self) -> None:
         if not self.open:
             return
         now = time.monotonic()
@@ -281,7 +278,7 @@ class Supply:
         if failure is None:
             if container.outbox:
                 self._submit_exchange(container)
-            self._refill()
+            self.refill()
         return []
 
     def _return_quietly(self, container: Container, tokens: list[str]) -> None:

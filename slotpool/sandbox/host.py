@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import logging
 import math
-import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Union
+from typing import Any, Callable
 
 from .._version import __version__
 from ..errors import SandboxStartFailed
 from . import protocol, tools, zygote
 from .capture import Driver, Job, Outcome
-from .executions import Execution
 from .leases import Lease, LeaseTable
-from .protocol import CallRequest, RequestFailed, Result
+from .protocol import CallRequest, RequestFailed
+from .run import Answer, Run
 from .tenancies import HostConfig, Tenancy, TenancyMaker
 from .warmer import Warmer
 
@@ -32,9 +28,6 @@ _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _CLEANERS = 8  # threads that make slots ready
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 FILE_LIMIT = 300.0  # seconds for a file to be read or written
-
-# An execution's result, what it failed with, or None if it still runs.
-Answer = Union[Result, RequestFailed, None]
 
 
 class Host:
@@ -199,7 +192,7 @@ class Host:
             once the answer is on its way.
         """
         deadline = time.monotonic() + wait
-        runs = [_Run(self, call) for call in calls]
+        runs = [Run(self, call) for call in calls]
         driver = Driver([run.job for run in runs if run.job is not None])
         if not driver.run(until=deadline):
             threading.Thread(target=driver.run, name="slotpool-execution", daemon=True).start()
@@ -320,103 +313,3 @@ class Host:
         self._cleaners.shutdown()
         self.warmer.stop()
         self._maker.close()
-
-
-def _internal(e: Exception) -> RequestFailed:
-    return RequestFailed("internal", f"{type(e).__name__}: {e}")
-
-
-class _Run:
-    """One execution as one request sees it: started by it, or joined."""
-
-    def __init__(self, host: Host, call: CallRequest) -> None:
-        self._host = host
-        self._call = call
-        self.job: Job | None = None
-        self._failure: RequestFailed | None = None
-        self._execution: Execution | None = None
-        self._answer: Answer = None
-        try:
-            self._begin()
-        except RequestFailed as e:
-            self._failure = e
-
-    def _begin(self) -> None:
-        call = self._call
-        self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
-        self._tool = tools.parse(call["tool"], call["args"], self._host.setting(tenancy))
-        # A digest, as the arguments may be large and are kept for as long as the id is.
-        request = (hashlib.sha256(json.dumps([call["tool"], call["args"], call["timeout"]]).encode()).hexdigest(),)
-        self._execution, is_new = tenancy.executions.begin(call["execution_id"], request)
-        if not is_new:
-            return
-        try:
-            self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
-        except Exception as e:
-            if not isinstance(e, RequestFailed):
-                log.exception("an execution could not be started")
-            self._execution.failure = e if isinstance(e, RequestFailed) else _internal(e)
-            tenancy.executions.finish(call["execution_id"], self._execution)
-            return
-        tenancy.executions.started(self._execution, self.job.call.cancel)
-
-    def _finish(self) -> None:
-        assert self.job is not None
-        assert self._execution is not None
-        try:
-            restarted = self._host.check(self.job, self._tenancy, self._call["slot"], self._call["lease"])
-            self._execution.result = self._result(self.job.outcome, restarted)
-        except RequestFailed as e:
-            self._execution.failure = e
-        except Exception as e:  # whatever it is, the callers must not wait for ever
-            log.exception("an execution could not be finished")
-            self._execution.failure = _internal(e)
-        self._answer = self._execution.result or self._execution.failure
-        self._tenancy.executions.finish(self._call["execution_id"], self._execution)
-
-    def _result(self, outcome: Outcome, restarted: bool) -> Result:
-        error = ""
-        try:
-            error = self._tool.error(outcome)
-        except RequestFailed as e:
-            if e.body["code"] != "file_error":
-                raise
-            error = f"{e.body['path']}: {e}"
-        status = outcome.status
-        signum = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
-        if status is None or (outcome.timed_out and signum is None):
-            signum = signal.SIGKILL
-        return {
-            "execution_id": self._call["execution_id"],
-            "stdout": outcome.stdout.text(),
-            "stderr": outcome.stderr.text(),
-            "exit_code": 128 + signum if signum else os.WEXITSTATUS(status or 0),
-            "signal": signum,
-            "timed_out": outcome.timed_out,
-            "cancelled": outcome.cancelled,
-            "stdout_truncated": outcome.stdout.truncated,
-            "stderr_truncated": outcome.stderr.truncated,
-            "error": error,
-            "duration": outcome.duration,
-            "isolation": self._host.isolation.mode,
-            "network": self._tenancy.place.network,
-            "restarted": restarted,
-        }
-
-    def answer(self, deadline: float) -> Answer:
-        """The result, waited for until ``deadline``; the failure; or None."""
-        if self._execution is None:
-            return self._failure
-        if not self._execution.done.wait(max(0.0, deadline - time.monotonic())):
-            return None
-        if self._answer is not None:  # what this run has found itself, which is sure to be kept
-            return self._answer
-        try:
-            return self._execution.answer()
-        except RequestFailed as e:
-            return e
-
-    def warm_up(self) -> None:
-        """Have the next shells started, so that the next call finds them waiting."""
-        if self.job is not None:
-            self._host.warmer.call_ended(self._tenancy.cell)

@@ -15,6 +15,8 @@ import pytest
 from conftest import PACKAGE, wait_until
 
 from slotpool import SlotPool
+from slotpool.errors import PoolClosed
+from slotpool.fleet.local import LocalFleet
 
 
 def test_ctrl_c_in_a_script_ends_the_command_and_gives_the_slot_back() -> None:
@@ -98,3 +100,47 @@ def test_interrupting_a_jupyter_cell(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [out.ename for out in notebook.cells[1].outputs] == ["KeyboardInterrupt"]
     assert notebook.cells[2].outputs[0].text == "0\nwell\n\n"
     assert notebook.cells[3].outputs == []
+
+
+def test_ctrl_c_during_a_batch_in_two_containers_ends_all_of_it() -> None:
+    with SlotPool(slots_per_container=1, max_containers=2) as pool:
+        slots = [pool.acquire(timeout=60) for _ in range(2)]
+        assert len({s.alloc_id for s in slots}) == 2
+        asleep = ["pgrep", "-c", "-f", "^sleep 1014$"]
+
+        def interrupt() -> None:
+            assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).stdout == b"2\n")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.execute_batch([(s, "bash", {"command": "sleep 1014"}) for s in slots], timeout=2000)
+        thread.join()
+        assert [s.bash("pgrep -c sleep").stdout for s in slots] == ["0\n", "0\n"]
+
+
+def test_a_stop_that_was_interrupted_can_be_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = LocalFleet.stop
+
+    def interrupted(fleet: LocalFleet, purge: bool) -> None:
+        monkeypatch.setattr(LocalFleet, "stop", stop)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFleet, "stop", interrupted)
+    pool = SlotPool(slots_per_container=1).start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.stop()
+    pool.stop()
+    with pytest.raises(PoolClosed):
+        pool.acquire()
+
+
+def test_a_lease_that_an_interrupt_left_with_nobody_is_given_back() -> None:
+    with SlotPool(slots_per_container=1, max_containers=1, prefetch=0, health_check_interval=0.05) as pool:
+        s = pool.acquire()
+        with pool._supply.lock:
+            pool._supply.held.clear()  # as if the interrupt had come between taking it from one place and putting it in another
+        del s
+        with pool.slot(timeout=20) as s:
+            assert s.bash("echo well").stdout == "well\n"

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from conftest import PACKAGE, StartServer, slotpool_processes, state_directories, wait_until
 
-from slotpool import ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
+from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
 from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
+from slotpool.fleet.local import LocalFleet
 
 
 def python(script: str, **more: Any) -> subprocess.Popen[bytes]:
@@ -261,3 +262,18 @@ def test_the_wrong_token_is_told(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     with pytest.raises(StartFailed, match="token"):
         SlotPool(servers=[server.address], token="wrong", start_timeout=5).start()
+
+
+def test_a_scaling_that_fails_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = LocalFleet.scale
+    with SlotPool(min_containers=0, slots_per_container=1, max_containers=1, scale_cooldown=0) as pool:
+        monkeypatch.setattr(LocalFleet, "scale", _no_more_processes)
+        with pytest.raises(AcquireTimeout, match="no process to be had"):
+            pool.acquire(timeout=1.0)
+        assert pool.get_stats()["scale_errors"] >= 1
+        monkeypatch.setattr(LocalFleet, "scale", scale)
+        pool.acquire(timeout=30).release()
+
+
+def _no_more_processes(fleet: LocalFleet, wanted: int) -> None:
+    raise BlockingIOError("no process to be had")
