@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,10 @@ def run(entries: Sequence[Entry]) -> list[ExecutionResult]:
     for i, (slot, _) in enumerate(entries):
         groups.setdefault(slot._tenure.container, []).append(i)
     found: dict[int, ExecutionResult] = {}
+    cancelled = threading.Event()
 
     def run_group(container: Container, numbers: Sequence[int]) -> None:
-        found.update(zip(numbers, _run_in(container, [entries[i] for i in numbers])))
+        found.update(zip(numbers, _run_in(container, [entries[i] for i in numbers], cancelled)))
 
     if len(groups) == 1:
         run_group(*next(iter(groups.items())))
@@ -50,13 +52,14 @@ def run(entries: Sequence[Entry]) -> list[ExecutionResult]:
                 for future in futures:
                     future.result()
             except BaseException:  # an interrupt reaches the main thread only
+                cancelled.set()
                 for slot, call in entries:
                     slot._tenure.container.client.cancel_quietly(call["slot"], call["lease"], call["execution_id"])
                 raise
     return [found[i] for i in range(len(entries))]
 
 
-def _run_in(container: Container, part: Sequence[Entry]) -> list[ExecutionResult]:
+def _run_in(container: Container, part: Sequence[Entry], cancelled: threading.Event) -> list[ExecutionResult]:
     answers: list[Any] = [None] * len(part)
     with contextlib.ExitStack() as stack:
         usable = []
@@ -67,7 +70,7 @@ def _run_in(container: Container, part: Sequence[Entry]) -> list[ExecutionResult
             except SlotPoolError as e:
                 answers[i] = e
         if usable:
-            for i, answer in zip(usable, container.client.batch([part[i][1] for i in usable])):
+            for i, answer in zip(usable, container.client.batch([part[i][1] for i in usable], cancelled)):
                 answers[i] = answer
     results = []
     for (slot, request), answer in zip(part, answers):

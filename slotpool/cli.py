@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--port", type=int, default=8080, help="default: %(default)s; 0 for any free one")
     serve.add_argument("--slots", type=int, default=10, help="default: %(default)s")
     serve.add_argument("--state-dir", metavar="DIR", help="where workspaces are kept")
+    serve.add_argument("--token-file", metavar="FILE", help="read the bearer token from there instead")
+    serve.add_argument("--name", default="", help="told in health; for whoever starts many servers")
 
     bench = commands.add_parser(
         "bench",
@@ -111,15 +113,28 @@ def _serve(args: argparse.Namespace) -> int:
     # The same bounds as a pool's, and the same messages.
     checked = SlotPoolConfig(
         backend="local",
+        token=_token_of(args.token_file),
         slots_per_container=args.slots,
         isolation=args.isolation,
         state_dir=args.state_dir and os.path.abspath(args.state_dir),
     )
     if not 0 <= args.port <= 65535:
         raise SlotPoolError(f"port: expected a number from 0 to 65535, got {args.port}")
-    host = HostConfig(slots=checked.slots_per_container, isolation=checked.isolation, state_dir=checked.state_dir)
+    host = HostConfig(
+        name=args.name, slots=checked.slots_per_container, isolation=checked.isolation, state_dir=checked.state_dir
+    )
     serve(ServeConfig(host, args.host, args.port, checked.token), lambda address: print(address, flush=True))
     return 0
+
+
+def _token_of(path: str | None) -> str | None:
+    if path is None:
+        return os.environ.get("SLOTPOOL_TOKEN") or None
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as e:
+        raise SlotPoolError(f"token-file: expected a file with the token in it, got {path}: {e}") from e
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from .errors import ContainerRefused
 from .fleet import Member
 from .sandbox.client import SandboxClient
 from .tenure import Tenure
@@ -29,7 +31,27 @@ class Container:
         self.checking = False  # a renewal is under way
         self.cordoned = False  # to be ended: nothing more is leased
         self.answered_at = time.monotonic()
+        self.leased_by_others = 0  # slots that other pools have leased, as far as is known
         self.info: dict[str, Any] = {}
+
+    def introduce(self, info: dict[str, Any]) -> None:
+        """Take in what its server says of itself.
+
+        :raises ContainerRefused: it is not the one that was meant.
+        """
+        if self.member.name and info.get("name") != self.member.name:
+            who = repr(info.get("name"))
+            raise ContainerRefused(f"expected {self.member.name} at {self.address}, got {who}; has its port another owner now?")
+        self.info = info
+        self.size = self.capacity = int(info.get("slots", 0))
+        if self.size < 1:
+            raise ContainerRefused(f"{self.address} did not tell how many slots it has; is the token right?")
+
+    def told(self, answer: Mapping[str, Any]) -> None:
+        """Take in what comes with an answer; the pool's lock is held."""
+        self.capacity = int(answer.get("usable", self.capacity))
+        if not self.exchanges:  # else it isn't known which of them are ours
+            self.leased_by_others = max(0, int(answer.get("leased", 0)) - len(self.tenures) - len(self.outbox))
 
     @property
     def room(self) -> int:

@@ -64,6 +64,29 @@ class SandboxStartFailed(StartFailed):
     """One slot's sandbox could not be made."""
 
 
+class NomadError(SlotPoolError):
+    """Nomad refused a request, in its own words.
+
+    :ivar status: of the answer; None if there was none, or none that could be read.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message, status)
+        self.message = message
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class NomadUnreachable(NomadError):
+    """There is no answer from Nomad. Safe to try again, but that a change which was asked for may have been made."""
+
+
+class NomadDenied(NomadError):
+    """The ACL token does not allow it; the message names the capability that is missing."""
+
+
 class SlotError(SlotPoolError):
     """A call into a slot failed in a way that is not the command's own doing.
 

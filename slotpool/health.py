@@ -22,13 +22,17 @@ class HealthThread:
     def __init__(self, tend: Callable[[], None], period: float) -> None:
         self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(None))
         self._period = period
-        # Seconds until the next look, or None to end. Not an Event: a finalizer wakes this thread, and only this queue may
-        # be used amid anything.
-        self._wakes: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+        # Seconds until the next look, what to call and when, or None to end. Not an Event: a finalizer wakes this thread, and
+        # only this queue may be used amid anything.
+        self._wakes: queue.SimpleQueue[float | tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slotpool-health", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def call(self, after: float, act: Callable[[], None]) -> None:
+        """Call ``act``, which may not take long, in ``after`` seconds, if the thread still runs then. From any thread."""
+        self._wakes.put((time.monotonic() + after, act))
 
     def wake(self, after: float = 0.0) -> None:
         """Look in ``after`` seconds at the latest. From any thread, a finalizer too."""
@@ -42,20 +46,37 @@ class HealthThread:
 
     def _run(self) -> None:
         due = time.monotonic() + self._period
+        calls: list[tuple[float, Callable[[], None]]] = []
         while True:
+            first = min([due, *(at for at, _ in calls)])
             try:
-                after = self._wakes.get(timeout=max(0.0, due - time.monotonic()))
-                if after is None:
-                    return
-                due = min(due, time.monotonic() + after)
-                continue
+                told = self._wakes.get(timeout=max(0.0, first - time.monotonic()))
             except queue.Empty:
-                due = time.monotonic() + self._period
-            tend = self._tend()
-            if tend is None:
-                return
-            try:
-                tend()
-            except Exception:
-                log.exception("the health check failed; this is a defect of slotpool")
-            del tend
+                pass
+            else:
+                if told is None:
+                    return
+                if isinstance(told, tuple):
+                    calls.append(told)
+                else:
+                    due = min(due, time.monotonic() + told)
+                continue
+            now = time.monotonic()
+            ripe = [act for at, act in calls if at <= now]
+            calls = [call for call in calls if call[0] > now]
+            if due <= now:
+                due = now + self._period
+                tend = self._tend()
+                if tend is None:
+                    return
+                ripe.append(tend)
+                del tend
+            while ripe:
+                _guarded(ripe.pop(0))
+
+
+def _guarded(act: Callable[[], None]) -> None:
+    try:
+        act()
+    except Exception:
+        log.exception("the health check failed; this is a defect of slotpool")

@@ -61,6 +61,7 @@ class SlotPool:
         period = min(self.config.health_check_interval, self.config.lease_ttl / 3)
         self._health = HealthThread(self._tend, period)
         self._supply.look_again = self._health.wake
+        self._upkeep.later = self._health.call
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
 

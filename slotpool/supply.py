@@ -7,12 +7,14 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Callable
 
 from .background import Background
 from .config import SlotPoolConfig
 from .container import Container
 from .errors import AcquireTimeout, PoolClosed, SlotPoolError
+from .sandbox.protocol import LeaseAnswer
 from .stats import Counters
 from .tenure import Tenure
 
@@ -42,6 +44,7 @@ class Supply:
     def __init__(self, config: SlotPoolConfig, owner: str, background: Background) -> None:
         self._config = config
         self._owner = owner
+        self._shared = config.backend == "nomad"
         self._background = background
         # Guards every field below, those of the containers, and the scaling in Upkeep. Nothing slow is done under it.
         self.lock = threading.Lock()
@@ -181,6 +184,14 @@ class Supply:
         container.outbox.append(tenure.token)
         self._submit_exchange(container)
 
+    def close_off(self, containers: Sequence[Container]) -> None:
+        """Lease nothing more of them, and give their idle leases back. The lock is held."""
+        for container in containers:
+            container.cordoned = True
+            container.outbox += container.tenures
+            container.tenures.clear()
+        self.keep_ready(lambda tenure: not tenure.container.cordoned)
+
     def in_order(self) -> list[Container]:
         """Lowest first: those with the highest index are the first to be ended. The lock is held."""
         return sorted(self.containers.values(), key=lambda container: container.member.index)
@@ -238,7 +249,10 @@ class Supply:
             take = max(0, min(self._need(), container.room))
             container.asking += take
             hold = _HOLD if self.waiters else _SHORT_HOLD if release else 0.0
+            if self._shared and not release and not container.exhausted:
+                hold = 0.0  # if others have all its slots, more containers may be needed, and not in a while
         granted: list[Tenure] = []
+        answer: LeaseAnswer | None = None
         failure: SlotPoolError | None = None
         try:
             if take or release:
@@ -251,6 +265,9 @@ class Supply:
                 if failure is not None:
                     container.outbox = release + container.outbox  # giving back may be repeated
                 unwanted = self._exchanged(container, take, granted, failure)
+                if answer is not None and self._shared:
+                    container.told(answer)
+                    self.demand_changed()
         if unwanted:
             self._return_quietly(container, unwanted)
         if failure is not None:

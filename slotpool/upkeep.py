@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Callable
 
 from .background import Background
 from .config import SlotPoolConfig
@@ -16,6 +17,14 @@ from .scaling import Demand, Scaler
 from .supply import Supply
 
 log = logging.getLogger(__name__)
+
+_HEALTH_LIMIT = 5.0  # seconds for a new container to say who it is
+_QUICK = 0.1  # seconds between two times that it is asked, as often as _PATIENCE says
+_PATIENCE = 100
+_SLOW = 1.0  # and from then on
+_WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
+_LONGEST = 3600.0
+_CORDON = 30.0  # seconds for which a container that is to be ended grants no leases
 
 
 class Upkeep:
@@ -32,10 +41,13 @@ class Upkeep:
         self._scales = config.backend != "static"
         # Guarded by the supply's lock:
         self._scaler = Scaler(config.slots_per_container, config.min_containers, config.max_containers, config.scale_down_after)
-        self._target = 0  # containers that the fleet is, or is being, brought to
-        self._scaling = False  # that is under way
+        self._target = config.min_containers  # containers that demand has asked for
+        self._scaling = False  # the fleet is being grown or shrunk
         self._no_scaling_before = 0.0
+        self._no_worn_before = 0.0  # no container is given up for its slots' state
+        self._worn_pause = _WORN
         self._admitting: set[str] = set()  # members that are being asked who they are
+        self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
         self._changed = threading.Condition(supply.lock)  # signalled when containers have come, or can't
         supply.demand_changed = self._decide_scale
 
@@ -44,9 +56,7 @@ class Upkeep:
 
         :raises StartFailed: they are not there in time, or can't be started.
         """
-        self._fleet.start(self.sync)
-        with self._supply.lock:
-            self._decide_scale()
+        self._fleet.start(self._config.min_containers, self.sync)
         needed = self._config.min_containers if self._scales else 1
         deadline = time.monotonic() + self._config.start_timeout
         while True:
@@ -75,42 +85,48 @@ class Upkeep:
             for container in list(self._supply.containers.values()):
                 if container.id not in members:
                     self._drop(container, "its container has ended")
-                elif container.cordoned and container.member.index < self._target:  # demand came back before it was ended
-                    container.cordoned = False
             for id_, member in members.items():
                 if id_ not in self._supply.containers and id_ not in self._admitting:
                     self._admitting.add(id_)
                     self._background.submit(self._admit, member)
-            self._rescale()
+            self._regrow()
             self._changed.notify_all()
 
-    def _admit(self, member: Member) -> None:
+    def _admit(self, member: Member, attempt: int = 0) -> None:
         """Ask a new container who it is, and take it in. Without the lock."""
         container = Container(member, self._config.slots_per_container)
         failure: Exception | None = None
         try:
-            container.info = container.client.health()
-            container.size = container.capacity = int(container.info.get("slots", 0))
-            if container.size < 1:
-                failure = ContainerRefused(f"{member.address} did not tell how many slots it has; is the token right?")
+            container.introduce(container.client.health(_HEALTH_LIMIT, repeat=False))
         except Exception as e:  # it is not known what answers there
             failure = e
         with self._supply.lock:
-            self._admitting.discard(member.id)
             admitted = failure is None and self._supply.open
             if admitted:
                 self._supply.containers[member.id] = container
                 self._supply.refill()
-            elif failure is not None:
+            elif attempt >= _PATIENCE or not self._scales or isinstance(failure, ContainerRefused):
                 self._supply.trouble = failure
+            if failure is None or not self._supply.open:
+                self._admitting.discard(member.id)
+            else:
+                self.later(_QUICK if attempt < _PATIENCE else _SLOW, lambda: self._try_again(member, attempt + 1))
             self._changed.notify_all()
         if not admitted:
             container.client.close()
-        if failure is not None:
-            log.warning("%s can't be used: %s", member.id, failure)
-        else:
+        if failure is None:
             isolation = container.info.get("isolation")
             log.info("%s has come, with %d slots, isolation %s", member.id, container.capacity, isolation)
+        elif attempt == _PATIENCE:
+            log.warning("%s can't be used: %s", member.id, failure)
+
+    def _try_again(self, member: Member, attempt: int) -> None:
+        """A container runs before its server listens, and there is nothing to wait for but its answer. Without the lock."""
+        with self._supply.lock:
+            if self._supply.open and member in self._fleet.members():
+                self._background.submit(self._admit, member, attempt)
+            else:
+                self._admitting.discard(member.id)
 
     def _drop(self, container: Container, why: str) -> None:
         """Its leases are lost."""
@@ -128,35 +144,34 @@ class Upkeep:
     # Scaling
 
     def _demand(self) -> Demand:
-        lacking = sum(
-            max(0, self._config.slots_per_container - one.capacity)
-            for one in self._supply.containers.values()
-            if not one.cordoned
-        )
-        return Demand(len(self._supply.held) + lacking, len(self._supply.waiters))
+        containers = [container for container in self._supply.containers.values() if not container.cordoned]
+        lacking = sum(max(0, self._config.slots_per_container - container.capacity) for container in containers)
+        others = sum(container.leased_by_others for container in containers)
+        return Demand(len(self._supply.held) + lacking + others, len(self._supply.waiters))
 
     def _decide_scale(self) -> None:
         """Scale up, if demand wants it."""
         now = time.monotonic()
-        if self._scales and self._scaler.wanted(self._demand(), now) > self._target and now >= self._no_scaling_before:
-            self._target = self._scaler.current
-            self._supply.counters.scale_ups += 1
-            self._rescale()
+        wanted = self._scaler.wanted(self._demand(), now) if self._scales else 0
+        if wanted > self._target and now >= self._no_scaling_before:
+            self._supply.counters.scale_ups += wanted > self._fleet.size()
+            self._target = wanted
+            self._regrow()
 
-    def _rescale(self) -> None:
-        """Have the fleet brought to the target, in the background."""
+    def _regrow(self) -> None:
+        """Have the fleet brought to the target, in the background, and what has died replaced."""
         if self._scales and not self._scaling:
             self._scaling = True
-            self._background.submit(self._scale)
+            self._background.submit(self._grow)
 
-    def _scale(self) -> None:
+    def _grow(self) -> None:
         """Without the lock."""
         while True:
             with self._supply.lock:
                 target = self._target
             failure: Exception | None = None
             try:
-                self._fleet.scale(target)
+                self._fleet.grow(target)
             except Exception as e:  # a Popen may fail in many ways
                 failure = e
                 log.warning("scaling to %d containers failed: %s", target, e)
@@ -165,29 +180,69 @@ class Upkeep:
                     self._supply.trouble = failure
                     self._supply.counters.scale_errors += 1
                     self._no_scaling_before = time.monotonic() + self._config.scale_cooldown
-                    self._target = len(self._supply.containers)
+                    self._target = min(self._target, self._fleet.size())
                 if failure is not None or target == self._target:
                     self._scaling = False
                     self._changed.notify_all()
                     return
 
-    def _scale_down(self) -> None:
+    def _decide_shrink(self) -> None:
         """End containers that have not been needed for a while, from the highest; never one with a slot in use."""
-        supply = self._supply
         wanted = self._scaler.wanted(self._demand(), time.monotonic())
-        in_use = {tenure.container.id for tenure in supply.held}
-        for container in reversed(supply.in_order()):
-            if container.member.index < wanted or container.id in in_use:
+        self._target = min(self._target, wanted)
+        if self._scaling or self._fleet.size() <= wanted:
+            return
+        surplus: list[Container] = []
+        keep = wanted
+        for container in reversed(self._supply.in_order()):
+            if container.member.index < wanted:
                 break
-            container.cordoned = True
-            container.tenures.clear()  # idle ones: they end with it
-        used = [container.member.index + 1 for container in supply.containers.values() if not container.cordoned]
-        keep = max([wanted, *used])
-        if keep < self._target:
-            self._target = keep
-            supply.counters.scale_downs += 1
-            supply.keep_ready(lambda tenure: not tenure.container.cordoned)
-            self._rescale()
+            if self._in_use(container) or container.leased_by_others:
+                keep = container.member.index + 1
+                break
+            surplus.append(container)
+        if self._fleet.size() > keep:
+            self._scaling = True
+            self._supply.close_off(surplus)
+            self._background.submit(self._shrink, wanted, surplus)
+
+    def _shrink(self, wanted: int, surplus: list[Container]) -> None:
+        """End ``surplus``, unless somebody else has a slot there. Without the lock."""
+        closed: list[Container] = []
+        done = False
+        try:
+            for container in surplus:
+                with self._supply.lock:
+                    tokens, container.outbox = container.outbox, []
+                if not container.client.cordon(_CORDON, tokens):
+                    break
+                closed.append(container)
+            keep = max([wanted, *(container.member.index + 1 for container in surplus if container not in closed)])
+            with self._supply.lock:
+                needed = self._scaler.wanted(self._demand(), time.monotonic()) > wanted  # demand came back
+            done = not needed and self._fleet.shrink(keep, {container.id for container in closed})
+        except Exception as e:
+            log.warning("scaling down to %d containers failed: %s", wanted, e)
+            with self._supply.lock:
+                self._supply.trouble = e
+                self._supply.counters.scale_errors += 1
+                self._no_scaling_before = time.monotonic() + self._config.scale_cooldown
+        reopened = [container for container in surplus if not done or container not in closed]
+        for container in reopened:
+            self._reopen(container)
+        with self._supply.lock:
+            self._supply.counters.scale_downs += done
+            for container in reopened:
+                container.cordoned = False
+            self._scaling = False
+            self._supply.refill()
+
+    def _reopen(self, container: Container) -> None:
+        """Without the lock."""
+        try:
+            container.client.cordon(0)
+        except SlotPoolError as e:
+            log.info("%s stays closed to new leases for %g s: %s", container.id, _CORDON, e)
 
     # What the health thread does
 
@@ -199,8 +254,8 @@ class Upkeep:
                 if not container.checking:
                     container.checking = True
                     self._background.submit(self._check, container)
-            if self._scales:
-                self._scale_down()
+            if self._scales and time.monotonic() >= self._no_scaling_before:
+                self._decide_shrink()
         self.sync()  # one that could not be admitted is tried again, one that is missing is replaced
         with self._supply.lock:
             self._supply.refill()
@@ -227,10 +282,16 @@ class Upkeep:
                 why = ""
             hopeless = bool(why) and container.id in self._supply.containers
             if hopeless:
+                self._admitting.add(container.id)  # until the fleet knows, it is still among the members
                 self._drop(container, why)
         if hopeless:
             log.warning("%s is given up: %s", container.id, why)
-            self._fleet.replace(container.member)
+            try:
+                self._fleet.replace(container.member)
+            except SlotPoolError as e:
+                log.warning("%s can't be replaced, and is used again if it answers: %s", container.id, e)
+            with self._supply.lock:
+                self._admitting.discard(container.id)
             self.sync()
 
     def _renewed(self, container: Container, answer: RenewAnswer) -> str:
@@ -243,8 +304,17 @@ class Upkeep:
         if answer["lost"]:
             self._supply.keep_ready(lambda _: True)
             self._supply.refill()
-        container.capacity = int(answer.get("usable", container.capacity))
+        container.told(answer)
         worn = container.size - container.capacity
-        if worn <= 0 or not self._scales or any(tenure.container is container for tenure in self._supply.held):
+        now = time.monotonic()
+        if 2 * worn <= container.size or not self._scales or self._in_use(container) or now < self._no_worn_before:
             return ""
+        # If it is the machine's fault, new ones fare no better.
+        self._worn_pause = min(2 * self._worn_pause, _LONGEST) if now < self._no_worn_before + _LONGEST else _WORN
+        self._no_worn_before = now + self._worn_pause
         return f"{worn} of its {container.size} slots could not be made clean and are quarantined"
+
+    def _in_use(self, container: Container) -> bool:
+        """Whether a caller has one of its slots, or has left one for the next as it is."""
+        held = any(tenure.container is container for tenure in self._supply.held)
+        return held or any(tenure.used for tenure in container.tenures.values())

@@ -1,12 +1,12 @@
 """Where containers come from. A fleet knows nothing of slots, leases or pools.
 
-:class:`Fleet` is what the pool needs; :mod:`.local` starts servers on this machine, :mod:`.static` uses standing ones. A
-Nomad job is to be a third.
+:class:`Fleet` is what the pool needs; :mod:`.local` starts servers on this machine, :mod:`.static` uses standing ones,
+:mod:`.nomad` has them run by a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Callable, Protocol
 
 import attr
@@ -17,31 +17,52 @@ class Member:
     """A container that can be talked to.
 
     :ivar index: the fleet ends those with the highest first.
+    :ivar name: what the server there tells of itself, see ``GET /health``; empty if that is not known.
     """
 
     id: str
     index: int
     address: str
     token: str | None = attr.ib(repr=False)
+    name: str = ""
 
 
 class Fleet(Protocol):
-    """A number of containers that can be changed. Thread-safe; only :meth:`scale` and :meth:`stop` may take long."""
+    """A number of containers that can be changed. Thread-safe; :meth:`members`, :meth:`size`, :meth:`failure` and
+    :meth:`describe` do not take long.
+    """
 
-    def start(self, on_change: Callable[[], None]) -> None:
-        """Begin; ``on_change`` is called, from any thread, when :meth:`members` or :meth:`failure` has changed."""
-
-    def members(self) -> Sequence[Member]:
-        """The containers that are there now, lowest index first."""
-
-    def scale(self, wanted: int) -> None:
-        """See that there are ``wanted`` containers; returns before new ones are ready. Replaces those that died.
+    def start(self, wanted: int, on_change: Callable[[], None]) -> None:
+        """Begin, with ``wanted`` containers at least; ``on_change`` is called, from any thread, when :meth:`members` or
+        :meth:`failure` has changed.
 
         :raises SlotPoolError: if that was refused.
         """
 
+    def members(self) -> Sequence[Member]:
+        """The containers that are there now, lowest index first."""
+
+    def size(self) -> int:
+        """The number of containers that there are to be, as far as is known; somebody else may have changed it."""
+
+    def grow(self, wanted: int) -> None:
+        """See that there are ``wanted`` containers at least; returns before new ones are ready. Replaces those that died.
+
+        :raises SlotPoolError: if that was refused.
+        """
+
+    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+        """End the containers with an index of ``wanted`` and more, if all of those are ``closed`` to new leases, by their ids.
+
+        :return: False if there is one that isn't, or somebody else has changed the number meanwhile: then nothing was done.
+        :raises SlotPoolError: if that was refused.
+        """
+
     def replace(self, member: Member) -> None:
-        """End a container that does not answer; the next :meth:`scale` makes another."""
+        """End a container that does not answer; there will be another.
+
+        :raises SlotPoolError: if that was refused.
+        """
 
     def failure(self) -> Exception | None:
         """Why containers could not be started lately; None if they could."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -127,11 +127,13 @@ class LocalFleet:
         self._failure: Exception | None = None  # of the last of them
         self._not_before = 0.0
         self._stopped = False
+        self._size = 0
         self._scaling = threading.Lock()  # lets one scaling run at a time, as starting a process takes a moment
         self._notify: Callable[[], None] = lambda: None
 
-    def start(self, on_change: Callable[[], None]) -> None:
+    def start(self, wanted: int, on_change: Callable[[], None]) -> None:
         self._notify = on_change
+        self.grow(wanted)
 
     def members(self) -> Sequence[Member]:
         with self._lock:
@@ -147,20 +149,40 @@ class LocalFleet:
             ready = sum(server.member is not None for server in self._servers.values())
             return f"{ready} local server(s) ready, {len(self._servers) - ready} starting"
 
-    def scale(self, wanted: int) -> None:
+    def size(self) -> int:
+        with self._lock:
+            return self._size
+
+    def grow(self, wanted: int) -> None:
         with self._scaling:
             with self._lock:
                 if self._stopped:
                     return
-                surplus = [self._servers.pop(index) for index in sorted(self._servers) if index >= wanted]
-                self._ending += surplus
-                missing = [index for index in range(wanted) if index not in self._servers]
+                before, self._size = self._size, max(self._size, wanted)
+                missing = [index for index in range(self._size) if index not in self._servers]
                 if time.monotonic() < self._not_before:
                     missing = []
+            try:
+                for index in missing:
+                    self._add(index)
+            except BaseException:
+                with self._lock:
+                    self._size = before
+                raise
+
+    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+        with self._scaling:
+            with self._lock:
+                surplus = [server for index, server in self._servers.items() if index >= wanted]
+                if self._stopped or any(server.member is not None and server.id not in closed for server in surplus):
+                    return False
+                self._size = min(self._size, wanted)
+                for server in surplus:
+                    del self._servers[server.index]
+                self._ending += surplus
             for server in surplus:
                 server.ask_to_end()
-            for index in missing:
-                self._add(index)
+        return True
 
     def _add(self, index: int) -> None:
         server = _Server(index, self._settings, self._changed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Callable
 
 from . import Member
@@ -14,14 +14,20 @@ class StaticFleet:
     def __init__(self, addresses: Sequence[str], token: str | None) -> None:
         self._members = [Member(address, i, address, token) for i, address in enumerate(addresses)]
 
-    def start(self, on_change: Callable[[], None]) -> None:
+    def start(self, wanted: int, on_change: Callable[[], None]) -> None:
         on_change()
 
     def members(self) -> Sequence[Member]:
         return self._members
 
-    def scale(self, wanted: int) -> None:
+    def size(self) -> int:
+        return len(self._members)
+
+    def grow(self, wanted: int) -> None:
         pass
+
+    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+        return False
 
     def replace(self, member: Member) -> None:
         pass  # somebody else's; it may come back

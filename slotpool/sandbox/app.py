@@ -85,6 +85,7 @@ class App:
             "/v1/slots": {"GET": self._slots},
             "/v1/leases": {"POST": self._lease},
             "/v1/leases/renew": {"POST": self._renew},
+            "/v1/cordon": {"POST": self._cordon},
             "/v1/batch": {"POST": self._batch},
         }
         self._of_slot: dict[str, dict[str, Callable[[WSGIEnvironment, str, str], Response]]] = {
@@ -148,13 +149,16 @@ class App:
         body = _object(environ, "owner", "ttl", "take", "release", "wait")
         owner, ttl, take = _string(body, "owner"), _number(body, "ttl", 0.1, MAX_TTL), _count(body, "take")
         with self._hold(body) as wait:
-            leases = self._host.lease(owner, ttl, take, _strings(body, "release"), wait)
-        return _json(200, {"boot_id": self._host.boot_id, "leases": leases})
+            answer = self._host.lease(owner, ttl, take, _strings(body, "release"), wait)
+        return _json(200, answer)
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "tokens")
-        lost, usable = self._host.renew(_strings(body, "tokens"))
-        return _json(200, {"boot_id": self._host.boot_id, "lost": lost, "usable": usable})
+        return _json(200, self._host.renew(_strings(body, "tokens")))
+
+    def _cordon(self, environ: WSGIEnvironment) -> Response:
+        body = _object(environ, "ttl", "release")
+        return _json(200, {"cordoned": self._host.cordon(_number(body, "ttl", 0.0, MAX_TTL), _strings(body, "release"))})
 
     def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")

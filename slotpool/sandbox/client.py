@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
-from ..errors import ContainerLost, ContainerRefused, SlotBroken, SlotPoolError
+from ..errors import ContainerLost, ContainerRefused, SlotBroken, SlotError, SlotPoolError
 from . import protocol
 from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, RenewAnswer, Result
 from .transport import Broken, NotSent, Transport
@@ -45,12 +46,17 @@ class SandboxClient:
     def close(self) -> None:
         self._http.close()
 
-    def health(self, timeout: float = _SLACK) -> dict[str, Any]:
+    def health(self, timeout: float = _SLACK, repeat: bool = True) -> dict[str, Any]:
         """``GET /health``. Safe to repeat.
 
-        :raises ContainerLost: if there is no answer.
+        :param repeat: try again if there is no answer.
+        :raises ContainerLost: if there is none.
         """
-        return self._dict(self._repeat(lambda: self._http.json("GET", "/health", None, timeout)))
+
+        def ask() -> tuple[int, Any]:
+            return self._http.json("GET", "/health", None, timeout)
+
+        return self._dict(self._repeat(ask) if repeat else self._once(ask))
 
     def slots(self) -> list[dict[str, str]]:
         """``GET /v1/slots``. Safe to repeat."""
@@ -69,12 +75,15 @@ class SandboxClient:
 
     def renew(self, tokens: Sequence[str], timeout: float = _SLACK) -> RenewAnswer:
         """``POST /v1/leases/renew``. Not repeated."""
-        try:
-            answer = self._http.json("POST", "/v1/leases/renew", {"tokens": list(tokens)}, timeout)
-        except (NotSent, Broken) as e:
-            raise self._lost(str(e), False) from e
-        renewed: Any = self._dict((answer[0], answer[1], False))
+        renewed: Any = self._dict(
+            self._once(lambda: self._http.json("POST", "/v1/leases/renew", {"tokens": list(tokens)}, timeout))
+        )
         return renewed  # type: ignore[no-any-return]
+
+    def cordon(self, ttl: float, release: Sequence[str] = ()) -> bool:
+        """``POST /v1/cordon``; whether it is so. Safe to repeat."""
+        body = {"ttl": ttl, "release": list(release)}
+        return bool(self._dict(self._repeat(lambda: self._http.json("POST", "/v1/cordon", body, _SLACK)))["cordoned"])
 
     def execute(
         self,
@@ -130,14 +139,16 @@ class SandboxClient:
             self.cancel_quietly(slot, lease, execution_id)
             raise
 
-    def batch(self, calls: Sequence[CallRequest]) -> list[object]:
+    def batch(self, calls: Sequence[CallRequest], cancelled: threading.Event | None = None) -> list[object]:
         """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
         exception that :meth:`execute` would have raised.
 
         As there, what certainly has not run is tried twice more; such a call's ``execution_id`` is replaced.
+
+        :param cancelled: if another thread sets it, and then cancels the calls by their ids, none is tried again.
         """
         if len(calls) > _MOST_CALLS:
-            return self.batch(calls[:_MOST_CALLS]) + self.batch(calls[_MOST_CALLS:])
+            return self.batch(calls[:_MOST_CALLS], cancelled) + self.batch(calls[_MOST_CALLS:], cancelled)
         retries = [_RETRIES] * len(calls)
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
         found: list[object] = [None] * len(calls)
@@ -159,11 +170,13 @@ class SandboxClient:
                 for i, answer in zip(open_, answers):
                     if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
                         failure = found[i] = protocol.to_exception(0, answer, repeated)
-                        if isinstance(failure, SlotBroken) and not failure.may_have_run and retries[i]:
+                        if answer["error"].get("code") == "slot_broken" and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
-                            found[i] = None
                             calls[i]["execution_id"] = secrets.token_hex(16)
-                            anew = True
+                            if cancelled is None or not cancelled.is_set():
+                                found[i] = None
+                                anew = True
+                                deadline = max(deadline, time.monotonic() + calls[i]["timeout"] + _ENDING + _SLACK)
                     elif "running" not in answer:
                         found[i] = answer
                 open_ = [i for i in open_ if found[i] is None]
@@ -172,6 +185,8 @@ class SandboxClient:
         except SlotPoolError as e:
             for i in open_:
                 found[i] = e
+                if time.monotonic() > deadline:
+                    self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
         except BaseException:
             for i in open_:
                 self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
@@ -218,6 +233,16 @@ class SandboxClient:
         if status != 204:
             raise self._refused(status, answer, repeated)
 
+    def _once(self, ask: Callable[[], tuple[int, T]]) -> tuple[int, T, bool]:
+        """Ask, and don't repeat it.
+
+        :raises ContainerLost:
+        """
+        try:
+            return (*ask(), False)
+        except (NotSent, Broken) as e:
+            raise self._lost(str(e), False) from e
+
     def _repeat(self, ask: Callable[[], tuple[int, T]], once_sent: bool = True) -> tuple[int, T, bool]:
         """Ask until there is an answer; the answer, and whether an earlier try may have reached the server.
 
@@ -260,6 +285,10 @@ class SandboxClient:
         except ValueError:
             body = None
         return protocol.to_exception(status, body, repeated)
+
+
+def _may_have_run(failure: Exception) -> bool:
+    return not isinstance(failure, SlotError) or failure.may_have_run
 
 
 class _Pause:

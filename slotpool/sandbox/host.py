@@ -93,7 +93,7 @@ class Host:
 
     # Leases
 
-    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> list[protocol.Lease]:
+    def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> protocol.LeaseAnswer:
         """Give back, then take; see the protocol's ``POST /v1/leases``."""
         deadline = time.monotonic() + wait
         with self._changed:
@@ -109,7 +109,8 @@ class Host:
                     break
                 self._changed.wait(deadline - now)
             self._changed.notify_all()  # the reaper has a new expiry to wait for
-            return [self._describe(lease) for lease in leases]
+            described = [self._describe(lease) for lease in leases]
+            return {"boot_id": self.boot_id, "leases": described, "leased": self._table.leased()}
 
     def _describe(self, lease: Lease) -> protocol.Lease:
         place = self._tenancies[lease.slot].place
@@ -128,10 +129,26 @@ class Host:
         for slot in slots:
             self._cleaners.submit(self._make_ready, slot)
 
-    def renew(self, tokens: Sequence[str]) -> tuple[list[str], int]:
-        """Renew leases; the tokens that aren't held, and how many slots are not quarantined."""
+    def renew(self, tokens: Sequence[str]) -> protocol.RenewAnswer:
+        """Renew leases."""
         with self._changed:
-            return self._table.renew(tokens, time.monotonic()), self._table.usable()
+            lost = self._table.renew(tokens, time.monotonic())
+            return {
+                "boot_id": self.boot_id,
+                "lost": lost,
+                "usable": self._table.usable(),
+                "leased": self._table.leased(),
+            }
+
+    def cordon(self, ttl: float, release: Sequence[str]) -> bool:
+        """Give leases back, then grant none for ``ttl`` seconds; False, if others are held."""
+        with self._changed:
+            self._refuse_if_closing()
+            to_clean = self._table.release(release)
+            done = self._table.cordon(time.monotonic() + ttl if ttl else 0.0)
+            self._changed.notify_all()
+        self._clean(to_clean)
+        return done
 
     def _reap(self) -> None:
         while True:
@@ -282,6 +299,7 @@ class Host:
             counts = self._table.counts()
         return {
             "version": __version__,
+            "name": self.config.name,
             "boot_id": self.boot_id,
             "isolation": self.isolation.mode,
             "landlock": self.isolation.landlock,

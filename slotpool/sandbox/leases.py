@@ -46,6 +46,7 @@ class LeaseTable:
     def __init__(self, slots: Iterable[str]) -> None:
         self._rows: dict[str, _Row] = {slot: _Row() for slot in slots}
         self._by_token: dict[str, Lease] = {}
+        self._cordoned_until = 0.0
 
     def __contains__(self, slot: object) -> bool:
         return slot in self._rows
@@ -53,6 +54,8 @@ class LeaseTable:
     def take(self, owner: str, count: int, ttl: float, now: float) -> list[Lease]:
         """Lease up to ``count`` free slots, the first in order."""
         taken: list[Lease] = []
+        if now < self._cordoned_until:
+            return taken
         for slot, row in self._rows.items():
             if len(taken) == count:
                 break
@@ -111,6 +114,17 @@ class LeaseTable:
         row = self._rows[slot]
         assert row.state is State.PREPARING, row.state
         row.state, row.why = State.QUARANTINED, why
+
+    def cordon(self, until: float) -> bool:
+        """Grant no lease until then, or again if that is past; False if one is held, and nothing has changed."""
+        if self._by_token and until > 0:
+            return False
+        self._cordoned_until = until
+        return True
+
+    def leased(self) -> int:
+        """How many slots are leased."""
+        return len(self._by_token)
 
     def usable(self) -> int:
         """How many slots are not quarantined."""

@@ -6,17 +6,21 @@ JSON over HTTP/1.1, but for the content of files, which is raw. Every request bu
 the lease.
 
 ``GET /health``
-    200 ``{"status": "ok"}``; with the bearer token also ``version boot_id isolation network landlock slots counts`` (slots by
-    state).
+    200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock slots counts`` (slots
+    by state).
 ``GET /v1/slots``
     200 ``{"slots": [{"slot", "state", "owner", "why"}]}``.
 ``POST /v1/leases`` ``{"owner": str, "ttl": seconds, "take": int, "release": [lease token], "wait": seconds}``
     Give leases back, then take up to ``take``, waiting up to ``wait`` for the first of them to be free.
-    200 ``{"boot_id", "leases": [{"slot", "token", "workspace", "network"}]}``. Tokens to release that aren't held are ignored.
+    200 ``{"boot_id", "leases": [{"slot", "token", "workspace", "network"}], "leased": int}``, the last one the number of slots
+    that are leased now, by anybody. Tokens to release that aren't held are ignored.
     Repeating a request whose answer was lost takes further leases; the lost ones expire.
 ``POST /v1/leases/renew`` ``{"tokens": [lease token]}``
-    200 ``{"boot_id", "lost": [lease token], "usable": int}``: those that are not held any more, and how many of the server's
-    slots are not quarantined.
+    200 ``{"boot_id", "lost": [lease token], "usable": int, "leased": int}``: those that are not held any more; how many of the
+    server's slots are not quarantined, and how many are leased.
+``POST /v1/cordon`` ``{"ttl": seconds, "release": [lease token]}``
+    Give leases back, and if no other is held, grant none for that time, so that the server can be ended without anybody's
+    loss. 200 ``{"cordoned": bool}``. With a ``ttl`` of 0 leases are granted again.
 ``POST /v1/slots/SLOT/execute`` ``{"execution_id", "tool", "args": {}, "timeout": seconds, "wait": seconds}``
     Run a tool, once for each ``execution_id`` in a lease however often it is asked for: a repetition joins it or gets the
     kept result. 200 a result (see :class:`Result`); 202 ``{"running": true}`` after ``wait`` seconds: ask again;
@@ -165,12 +169,14 @@ class Lease(TypedDict):
 class LeaseAnswer(TypedDict):
     boot_id: str
     leases: list[Lease]
+    leased: int
 
 
 class RenewAnswer(TypedDict):
     boot_id: str
     lost: list[str]
     usable: int
+    leased: int
 
 
 class CallRequest(TypedDict):

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 class HostConfig:
     """What a server's slots are."""
 
+    name: str = ""  # told in health, so that a client knows whether it has reached the server that it means
     slots: int = 10
     isolation: str = "auto"
     max_output: int = 50_000  # bytes kept of each stream

@@ -162,11 +162,13 @@ def _connector(address: str) -> Callable[[], Any]:
 def _is_of_the_system(error: BaseException) -> bool:
     """Whether a socket raised it, and not a signal's handler of the caller's, which may raise a ``TimeoutError`` just here.
 
-    What the system reports has a number; a socket's time-out has none, but says these words, the second ones over TLS.
+    A handler has a frame of its own; a socket's methods have none, or that of a module that is known.
     """
-    if isinstance(error, socket.timeout) and error.errno is None:
-        return type(error) is socket.timeout and str(error).endswith("timed out")
-    return isinstance(error, OSError) and (error.errno is not None or isinstance(error, ConnectionError))
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__")) if trace is not None else ""
+    return isinstance(error, OSError) and (module in (__name__, "socket", "ssl") or module.startswith("urllib3."))
 
 
 def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout: float) -> tuple[int, bytes, bool]:
@@ -186,8 +188,8 @@ def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout
         cut = e  # a server that refuses a body may answer and close before all of it is sent
     try:
         status, content, keep = _receive_answer(sock)
-    except (OSError, _Malformed):
-        if cut is not None:
+    except (OSError, _Malformed) as e:
+        if cut is not None and (isinstance(e, _Malformed) or _is_of_the_system(e)):
             raise cut from None
         raise
     return status, content, keep and cut is None

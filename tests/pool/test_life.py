@@ -265,13 +265,13 @@ def test_the_wrong_token_is_told(start_server: StartServer) -> None:
 
 
 def test_a_scaling_that_fails_is_told_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = LocalFleet.scale
+    grow = LocalFleet.grow
     with SlotPool(min_containers=0, slots_per_container=1, max_containers=1, scale_cooldown=0) as pool:
-        monkeypatch.setattr(LocalFleet, "scale", _no_more_processes)
+        monkeypatch.setattr(LocalFleet, "grow", _no_more_processes)
         with pytest.raises(AcquireTimeout, match="no process to be had"):
             pool.acquire(timeout=1.0)
         assert pool.get_stats()["scale_errors"] >= 1
-        monkeypatch.setattr(LocalFleet, "scale", scale)
+        monkeypatch.setattr(LocalFleet, "grow", grow)
         pool.acquire(timeout=30).release()
 
 

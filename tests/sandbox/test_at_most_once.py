@@ -215,6 +215,24 @@ def test_a_waiting_shell_killed_from_inside_costs_nothing(start_server: StartSer
         server.bash(lease, "while pgrep pkill; do :; done; true")
 
 
+def test_a_call_of_a_batch_that_was_cancelled_before_it_came_never_runs(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.cancel_quietly(lease["slot"], lease["token"], "x")
+    call: CallRequest = {
+        "slot": lease["slot"],
+        "lease": lease["token"],
+        "execution_id": "x",
+        "tool": "bash",
+        "args": {"command": "touch ran"},
+        "timeout": 20.0,
+    }
+    (failure,) = server.client.batch([call])
+    assert isinstance(failure, SlotBroken)
+    assert not failure.may_have_run
+    assert server.bash(lease, "ls -A")["stdout"] == ""
+
+
 def test_nor_does_one_killed_before_a_batch(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
