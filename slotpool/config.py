@@ -14,6 +14,7 @@ import attr
 from .errors import ConfigError, shown
 
 BACKENDS = ("local", "static", "nomad")
+DRIVERS = ("docker", "podman", "exec", "raw_exec", "apptainer")
 ISOLATIONS = ("auto", "bwrap", "user", "none")
 
 _Validator = Callable[[Any, "attr.Attribute[Any]", Any], None]
@@ -96,6 +97,27 @@ _urls = _check(
 )
 
 
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value) if isinstance(value, (list, tuple)) else value
+
+
+_settings = _check("a mapping with names as keys", lambda v: isinstance(v, Mapping) and all(map(_text, v)))
+_variables = _check(
+    "a mapping of names to strings",
+    lambda v: isinstance(v, Mapping) and all(_text(name) and isinstance(value, str) for name, value in v.items()),
+)
+_triples = _check(
+    "triples of strings (attribute, operator, value)",
+    lambda v: (
+        isinstance(v, tuple) and all(isinstance(t, tuple) and len(t) == 3 and all(isinstance(s, str) for s in t) for t in v)
+    ),
+)
+
+
 def _field(default: Any, validator: _Validator, **more: Any) -> Any:
     return attr.ib(default=default, validator=validator, **more)
 
@@ -132,8 +154,25 @@ class SlotPoolConfig:
     :ivar max_processes: processes and threads of a slot.
     :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like.
     :ivar state_dir: where local containers keep workspaces. Default: below the system's directory for temporary files.
-    :ivar nomad_address, job_id, datacenter, image, privileged, cpu, memory, driver, purge_job_on_start, auto_build_local_image,
-        dockerfile_path, docker_build_context: of the Nomad backend.
+    :ivar nomad_address: of a Nomad agent, ``http://host:4646`` or ``unix:///path``. Default: ``NOMAD_ADDR``. So it is with
+        ``nomad_token nomad_namespace nomad_region nomad_cacert nomad_capath nomad_client_cert nomad_client_key
+        nomad_tls_server_name nomad_skip_verify nomad_http_auth``: each is the variable of that name unless it is given.
+    :ivar job_id: the Nomad job with the containers; pools with the same one share it.
+    :ivar datacenter: name or names of datacenters.
+    :ivar driver: ``docker``, ``podman``, ``exec`` and ``raw_exec`` (the server on the node itself), or ``apptainer``.
+    :ivar image: of the containers. With the tag ``local`` it is never pulled, but built where it is missing.
+    :ivar server_command: what runs ``slotpool serve`` on a node or in the image. Default: the image's entry point; for ``exec``
+        and ``raw_exec`` this interpreter; for ``apptainer`` ``python3``.
+    :ivar cpu, memory: of a container, in MHz and MB.
+    :ivar privileged, cap_add, volumes: of a container, as Docker has them.
+    :ivar env: variables of the servers. Slots don't see them.
+    :ivar task_config: more entries for the driver's configuration.
+    :ivar node_pool, constraints: where containers may run; a constraint is ``(attribute, operator, value)``.
+    :ivar update_job: a job that stands and differs from this configuration: None refuses it, True changes it (its containers
+        are replaced), False takes it as it is.
+    :ivar purge_job_on_start: remove a job of that name first, with all its containers.
+    :ivar auto_build_local_image: build a missing local image.
+    :ivar dockerfile_path, docker_build_context: instead of slotpool's own.
     """
 
     servers: tuple[str, ...] = _field((), _urls, converter=_strings)
@@ -162,14 +201,32 @@ class SlotPoolConfig:
     job_id: str = _field("slotpool-sandbox", _string)
     datacenter: tuple[str, ...] = _field(("dc1",), _names, converter=_strings)
     image: str = _field("slotpool-sandbox:local", _string)
-    driver: str = _field("docker", _string)
+    driver: str = _field("docker", _one_of(*DRIVERS))
+    server_command: tuple[str, ...] = _field((), _names, converter=_strings)
+    task_config: Mapping[str, Any] = _field({}, _settings, converter=_copied, hash=False)
     privileged: bool = _field(False, _flag)
     cpu: int = _field(500, _integer(1, 1_000_000))
     memory: int = _field(512, _integer(16, 100_000_000))
+    node_pool: str | None = _field(None, _or_none(_string))
+    constraints: tuple[tuple[str, str, str], ...] = _field((), _triples, converter=_tuples)
+    env: Mapping[str, str] = _field({}, _variables, converter=_copied, hash=False)
+    volumes: tuple[str, ...] = _field((), _names, converter=_strings)
+    cap_add: tuple[str, ...] = _field((), _names, converter=_strings)
+    update_job: bool | None = _field(None, _or_none(_flag))
     purge_job_on_start: bool = _field(False, _flag)
     auto_build_local_image: bool = _field(True, _flag)
     dockerfile_path: str | None = _field(None, _or_none(_string))
     docker_build_context: str | None = _field(None, _or_none(_string))
+    nomad_token: str | None = _field(None, _or_none(_secret), repr=False)
+    nomad_namespace: str | None = _field(None, _or_none(_string))
+    nomad_region: str | None = _field(None, _or_none(_string))
+    nomad_cacert: str | None = _field(None, _or_none(_string))
+    nomad_capath: str | None = _field(None, _or_none(_string))
+    nomad_client_cert: str | None = _field(None, _or_none(_string))
+    nomad_client_key: str | None = _field(None, _or_none(_string))
+    nomad_tls_server_name: str | None = _field(None, _or_none(_string))
+    nomad_skip_verify: bool | None = _field(None, _or_none(_flag))
+    nomad_http_auth: str | None = _field(None, _or_none(_secret), repr=False)
 
     @nomad_address.default
     def _address_of_environment(self) -> str | None:

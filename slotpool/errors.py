@@ -60,6 +60,26 @@ class IsolationUnavailable(StartFailed):
     """The isolation asked for does not work on this machine; the message says what to install."""
 
 
+class ImageUnavailable(StartFailed):
+    """The containers' image is not there and can't be pulled."""
+
+
+class ImageBuildFailed(ImageUnavailable):
+    """The containers' image is not there and could not be built; the message ends with the build's last lines."""
+
+
+class CrashLoop(StartFailed):
+    """The server in a container does not start, or ends each time; the message has the last events."""
+
+
+class PlacementFailed(StartFailed):
+    """No node of the cluster can take a container; the message says what is lacking."""
+
+
+class JobDiffers(StartFailed):
+    """A job of that id stands, and is not what the configuration describes; the message lists each difference."""
+
+
 class SandboxStartFailed(StartFailed):
     """One slot's sandbox could not be made."""
 

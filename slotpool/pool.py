@@ -355,11 +355,9 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
                 "state_dir": config.state_dir,
             }
         )
-    raise ConfigError(
-        "backend",
-        '"local" or "static" (this version has no Nomad backend; NOMAD_ADDR in the environment asks for it)',
-        shown(config.backend),
-    )
+    from .fleet.nomad.fleet import NomadFleet  # and with it requests, which takes a while to import
+
+    return NomadFleet(config)
 
 
 _open_pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()

@@ -29,6 +29,10 @@ class NomadClient:
     def close(self) -> None:
         self._http.close()
 
+    def interrupt(self) -> None:
+        """Break off the blocking queries that other threads wait for; they fail. It can be used on."""
+        self._http.interrupt()
+
     # Status
 
     def leader(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSet
 from typing import Any, Callable
 
 import attr
@@ -68,14 +68,17 @@ class Connection:
             return "http://" + urllib.parse.quote(self.address[len("unix://") :], safe="")
         return self.address.rstrip("/")
 
-    def session(self) -> requests.Session:
-        """A session for any number of threads. Nothing is repeated in it."""
+    def session(self, sockets: MutableSet[socket.socket]) -> requests.Session:
+        """A session for any number of threads. Nothing is repeated in it.
+
+        :param sockets: its connections' sockets are added there.
+        """
         session = requests.Session()
         if self.address.startswith("unix://"):
             session.trust_env = False  # no proxy leads to it
-            session.mount("http://", _UnixAdapter(self.address[len("unix://") :]))
+            session.mount("http://", _UnixAdapter(self.address[len("unix://") :], sockets))
         else:
-            session.mount(self.address.rstrip("/"), _NamedAdapter(self.tls_server_name))
+            session.mount(self.address.rstrip("/"), _NamedAdapter(self.tls_server_name, sockets))
         if self.token is not None:
             session.headers["X-Nomad-Token"] = self.token
         user, _, password = (self.http_auth or "").partition(":")
@@ -91,17 +94,34 @@ def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
     return request
 
 
-class _NamedAdapter(HTTPAdapter):
-    """Expects a certificate for another name than the address's host."""
+def _noting(kind: Any, sockets: MutableSet[socket.socket]) -> Any:
+    """The connection class ``kind``, whose sockets are added to ``sockets``."""
 
-    def __init__(self, server_name: str | None) -> None:
+    class Noting(kind):  # type: ignore[misc]
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    return Noting
+
+
+class _NamedAdapter(HTTPAdapter):
+    """Expects a certificate for another name than the address's host, if one is given."""
+
+    def __init__(self, server_name: str | None, sockets: MutableSet[socket.socket]) -> None:
         self._server_name = server_name
+        self._sockets = sockets
         super().__init__(pool_maxsize=_CONNECTIONS)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         if self._server_name:
             kwargs.update(server_hostname=self._server_name, assert_hostname=self._server_name)
         super().init_poolmanager(*args, **kwargs)
+        pools: dict[str, Any] = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
+        self.poolmanager.pool_classes_by_scheme = {
+            scheme: type(pool.__name__, (pool,), {"ConnectionCls": _noting(pool.ConnectionCls, self._sockets)})
+            for scheme, pool in pools.items()
+        }
 
 
 class _UnixConnection(urllib3.connection.HTTPConnection):
@@ -120,19 +140,20 @@ class _UnixConnection(urllib3.connection.HTTPConnection):
 
 
 class _UnixPool(urllib3.HTTPConnectionPool):
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, sockets: MutableSet[socket.socket]) -> None:
         super().__init__("localhost", maxsize=_CONNECTIONS)
         self._path = path
+        self._kind = _noting(_UnixConnection, sockets)
 
     def _new_conn(self) -> Any:
-        return _UnixConnection(self._path)
+        return self._kind(self._path)
 
 
 class _UnixAdapter(HTTPAdapter):
     """HTTP over a Unix socket, as a task has Nomad's API in its secrets directory."""
 
-    def __init__(self, path: str) -> None:
-        self._pool = _UnixPool(path)
+    def __init__(self, path: str, sockets: MutableSet[socket.socket]) -> None:
+        self._pool = _UnixPool(path, sockets)
         super().__init__()
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import requests
@@ -28,13 +31,20 @@ class NomadHTTP:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._session = connection.session()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._session = connection.session(self._sockets)
         self._closed = threading.Event()
 
     def close(self) -> None:
         """Repetitions end; the connections are closed."""
         self._closed.set()
         self._session.close()
+
+    def interrupt(self) -> None:
+        """Shut the connections of requests that are under way, so that these fail; what blocks for a minute ends now."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def get(
         self, path: str, needs: str, params: Mapping[str, str] | None = None, *, index: int = 0, wait: float = 0.0
@@ -49,7 +59,8 @@ class NomadHTTP:
         if wait:
             query.update(index=str(index), wait=f"{wait:g}s")
         # Nomad adds up to a sixteenth, so that those who wait don't all come back at once.
-        response = self._ask("GET", path, needs, query, None, _READ_TIMEOUT + wait * 17 / 16)
+        pauses = () if wait else _PAUSES  # who follows something asks again anyway
+        response = self._ask("GET", path, needs, query, None, _READ_TIMEOUT + wait * 17 / 16, pauses)
         if response.status_code == 404:
             return None, 0
         value = self._json(response) if "json" in response.headers.get("Content-Type", "") else response.text
@@ -60,7 +71,7 @@ class NomadHTTP:
 
         :raises NomadError: ``status`` is None if it isn't known whether it was done.
         """
-        response = self._ask(method, path, needs, dict(params or {}), body, _READ_TIMEOUT)
+        response = self._ask(method, path, needs, dict(params or {}), body, _READ_TIMEOUT, _PAUSES)
         if response.status_code == 404:
             raise self._error(method, path, needs, response)
         return self._json(response) if response.content else None
@@ -73,13 +84,20 @@ class NomadHTTP:
             raise NomadError(f"{self.connection.address} answered with something else than JSON: {text!r}", None) from e
 
     def _ask(
-        self, method: str, path: str, needs: str, params: dict[str, str], body: object, timeout: float
+        self,
+        method: str,
+        path: str,
+        needs: str,
+        params: dict[str, str],
+        body: object,
+        timeout: float,
+        pauses: Sequence[float],
     ) -> requests.Response:
         for name in ("namespace", "region"):
             value = getattr(self.connection, name)
             if value is not None:
                 params.setdefault(name, value)
-        for pause in (*_PAUSES, None):
+        for pause in (*pauses, None):
             failure: NomadError
             try:
                 response = self._session.request(
