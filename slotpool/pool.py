@@ -178,7 +178,7 @@ class SlotPool:
         failure, fleet = self._fleet.failure(), self._fleet.describe()
         supply, config = self._supply, self.config
         with supply.lock:
-            held, waiting, trouble = len(supply.held), len(supply.waiters), supply.trouble or failure
+            held, waiting, trouble = len(supply.held), len(supply.waiters), failure or supply.trouble
         most = (
             f"at most {config.max_containers} containers of {config.slots_per_container}" if config.backend == "local" else ""
         )

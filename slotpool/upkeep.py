@@ -68,6 +68,7 @@ class Upkeep:
                     failure = self._supply.trouble
                 left = deadline - time.monotonic()
                 if failure is not None or left <= 0 or not self._supply.open:
+                    failure = failure or self._supply.trouble
                     break
                 self._changed.wait(left)
         if isinstance(failure, StartFailed):

@@ -25,6 +25,7 @@ from slotpool.sandbox.protocol import Lease
 # A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["nomads"]
 ROOT = os.geteuid() == 0
 PACKAGE = str(Path(sys.modules["slotpool"].__file__ or "").resolve().parents[1])
 

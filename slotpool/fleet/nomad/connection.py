@@ -68,6 +68,11 @@ class Connection:
             return "http://" + urllib.parse.quote(self.address[len("unix://") :], safe="")
         return self.address.rstrip("/")
 
+    @property
+    def verify(self) -> bool | str:
+        """For each request, as in a session the environment's ``REQUESTS_CA_BUNDLE`` would come before it."""
+        return not self.skip_verify and (self.cacert or self.capath or True)
+
     def session(self, sockets: MutableSet[socket.socket]) -> requests.Session:
         """A session for any number of threads. Nothing is repeated in it.
 
@@ -83,7 +88,6 @@ class Connection:
             session.headers["X-Nomad-Token"] = self.token
         user, _, password = (self.http_auth or "").partition(":")
         session.auth = (user, password) if self.http_auth else _no_netrc
-        session.verify = not self.skip_verify and (self.cacert or self.capath or True)
         if self.client_cert is not None and self.client_key is not None:
             session.cert = (self.client_cert, self.client_key)
         return session

@@ -22,22 +22,25 @@ def latest(allocations: Sequence[Allocation]) -> list[Allocation]:
     return [newest[index] for index in sorted(newest)]
 
 
-def of_allocations(allocations: Sequence[Allocation], image: str, driver: str) -> StartFailed | None:
-    """What keeps the newest allocations from running, if that will not pass by itself."""
+def of_allocations(allocations: Sequence[Allocation], image: str, driver: str, said: Mapping[str, str]) -> StartFailed | None:
+    """What keeps the newest allocations from running, if that will not pass by itself.
+
+    :param said: the last that servers wrote to their standard error, by allocation.
+    """
     for allocation in latest(allocations):
         if allocation.desired != "run" or allocation.runs:
             continue
-        failure = _of_allocation(allocation, image, driver)
+        failure = _of_allocation(allocation, image, driver, said)
         if failure is not None:
             return failure
     return None
 
 
-def _of_allocation(allocation: Allocation, image: str, driver: str) -> StartFailed | None:
+def _of_allocation(allocation: Allocation, image: str, driver: str, said: Mapping[str, str]) -> StartFailed | None:
     where = f"allocation {allocation.id[:8]} on node {allocation.node}"
     for event in reversed(allocation.events):
-        said = event.message.lower()
-        if any(words in said for words in _PULL_FAILURES):
+        told = event.message.lower()
+        if any(words in told for words in _PULL_FAILURES):
             hint = (
                 f"`slotpool build --image {image}` builds it on this machine; every node that runs it needs it"
                 if image.endswith(":local")
@@ -46,12 +49,20 @@ def _of_allocation(allocation: Allocation, image: str, driver: str) -> StartFail
             return ImageUnavailable(f"the image {image} is not to be had for {where}: {event.message}; {hint}")
         if event.type == "Driver Failure":
             return CrashLoop(f"the driver {driver} could not start {where}: {event.message}\n{_events(allocation)}")
-    if allocation.status is AllocationStatus.FAILED or any(_GIVEN_UP in event.message.lower() for event in allocation.events):
+    if has_given_up(allocation):
+        last = said.get(allocation.id, "").strip()
         return CrashLoop(
             f"the sandbox server of {where} ends each time it is started; `nomad alloc logs -stderr {allocation.id} {TASK}` "
-            f"shows what it says\n{_events(allocation)}"
+            f"shows what it says\n{_events(allocation)}" + (f"\nits last words:\n{last}" if last else "")
         )
     return None
+
+
+def has_given_up(allocation: Allocation) -> bool:
+    """Whether its server has ended too often."""
+    return allocation.status is AllocationStatus.FAILED or any(
+        _GIVEN_UP in event.message.lower() for event in allocation.events
+    )
 
 
 def _events(allocation: Allocation) -> str:

@@ -14,7 +14,7 @@ from .. import Member
 from . import diagnosis, image
 from .client import NomadClient
 from .connection import Connection
-from .job import GROUP, create_sandbox_job, differences, token_path
+from .job import GROUP, TASK, create_sandbox_job, differences, token_path
 from .types import Allocation, AllocationStatus, Evaluation, Job, address_of
 from .watch import Watch
 
@@ -47,6 +47,7 @@ class NomadFleet:
         self._evaluations: Sequence[Evaluation] = ()
         self._addresses: dict[str, str] = {}  # by allocation; they don't change in its life
         self._given_up: set[str] = set()
+        self._said: dict[str, str] = {}  # the last words of servers that ended too often, by allocation
         self._known_failed: frozenset[str] = frozenset()  # allocations that had failed before this pool came
         self._deployed = False  # by this fleet
         self._attached = False  # the job stands; nothing is changed before
@@ -178,8 +179,8 @@ class NomadFleet:
         with self._lock:
             current = [one for one in self._allocations.values() if one.id not in self._known_failed]
             placed = sum(one.desired == "run" and one.status in _PLACED for one in self._allocations.values())
-            evaluations, missing = self._evaluations, self._count - placed
-        failed = diagnosis.of_allocations(current, self._config.image, self._config.driver)
+            evaluations, missing, said = self._evaluations, self._count - placed, dict(self._said)
+        failed = diagnosis.of_allocations(current, self._config.image, self._config.driver, said)
         return failed or diagnosis.of_evaluations(evaluations, missing)
 
     def describe(self) -> str:
@@ -254,16 +255,23 @@ class NomadFleet:
     def _watch_allocations(self, index: int, wait: float) -> int:
         found, index = self._client.allocations(self._config.job_id, index, wait)
         with self._lock:
-            self._allocations = {one.id: one for one in found}
-            for gone in self._addresses.keys() - self._allocations.keys():
-                del self._addresses[gone]
-            self._given_up &= self._allocations.keys()
-            new = [one.id for one in found if one.runs and one.id not in self._addresses]
-        addresses = self._ask_addresses(new)
+            unknown = [one.id for one in found if one.runs and one.id not in self._addresses]
+            silent = [one for one in found if one.id not in self._known_failed and one.id not in self._said]
+        addresses = self._ask_addresses(unknown)
+        said = {one.id: self._last_words(one.id) for one in silent[-1:] if diagnosis.has_given_up(one)}
         with self._lock:
-            self._addresses.update(addresses)
+            self._allocations = {one.id: one for one in found}
+            self._addresses = {id_: at for id_, at in {**self._addresses, **addresses}.items() if id_ in self._allocations}
+            self._given_up &= self._allocations.keys()
+            self._said.update(said)
         self._notify()
         return index
+
+    def _last_words(self, allocation_id: str) -> str:
+        try:
+            return self._client.last_output(allocation_id, TASK)
+        except NomadError as e:
+            return f"(not to be had: {e})"
 
     def _ask_addresses(self, new: Sequence[str]) -> dict[str, str]:
         if len(new) > _FEW:

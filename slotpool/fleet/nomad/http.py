@@ -101,7 +101,12 @@ class NomadHTTP:
             failure: NomadError
             try:
                 response = self._session.request(
-                    method, self.connection.url + path, params=params, json=body, timeout=(_CONNECT_TIMEOUT, timeout)
+                    method,
+                    self.connection.url + path,
+                    params=params,
+                    json=body,
+                    timeout=(_CONNECT_TIMEOUT, timeout),
+                    verify=self.connection.verify,
                 )
             except requests.ConnectionError as e:
                 failure = self._unreachable(e)

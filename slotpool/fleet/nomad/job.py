@@ -73,7 +73,7 @@ def _task(config: SlotPoolConfig) -> dict[str, Any]:
         "Config": {**_driver_config(config), **config.task_config},
         "Env": dict(config.env),
         "Resources": {"CPU": config.cpu, "MemoryMB": config.memory},
-        "KillTimeout": 20 * _SECOND,
+        "KillTimeout": 5 * _SECOND,  # Nomad starts the one in its place only when it has ended
         "LogConfig": {"MaxFiles": 2, "MaxFileSizeMB": 10},
         # Nomad keeps variables encrypted, and gives this one to the job's own tasks: the token is in no job, no log and no
         # environment. It is read once, so a change does nothing to running servers.

@@ -1,0 +1,126 @@
+"""Nomad for the tests: a real agent where there is one, and the fake beside it, so that the same suite runs on both."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from agents import Agent, why_no_docker, why_no_nomad
+
+import slotpool
+from slotpool import SlotPool
+
+PACKAGE = str(Path(slotpool.__file__).resolve().parents[1])
+
+_serial = itertools.count()
+
+
+class Nomad:
+    """Where jobs run.
+
+    :ivar address: of the HTTP API.
+    :ivar real: whether it is a real agent.
+    """
+
+    def __init__(self, address: str, real: bool, api: Callable[..., Any]) -> None:
+        self.address = address
+        self.real = real
+        self.api = api
+        self.jobs: list[str] = []
+
+    def new_job(self) -> str:
+        self.jobs.append(f"test-{os.getpid()}-{next(_serial)}")
+        return self.jobs[-1]
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Of a pool with a job of its own, small and quick, its servers right on the node."""
+        return {
+            "nomad_address": self.address,
+            "job_id": self.new_job(),
+            "driver": "raw_exec",
+            "slots_per_container": 2,
+            "cpu": 20,
+            "memory": 32,
+            "health_check_interval": 0.5,
+            "env": {"PYTHONPATH": PACKAGE},
+            **more,
+        }
+
+    def pool(self, **more: Any) -> SlotPool:
+        return SlotPool(**self.settings(**more))
+
+    def running(self, job_id: str) -> list[dict[str, Any]]:
+        """Its allocations that are to run and do, lowest index first."""
+        found = self.api("GET", f"/v1/job/{job_id}/allocations")
+        found = [one for one in found if one["DesiredStatus"] == "run" and one["ClientStatus"] == "running"]
+        return sorted(found, key=lambda one: int(one["Name"].rpartition("[")[2][:-1]))
+
+    def node(self) -> str:
+        """The id of its first node."""
+        return str(self.api("GET", "/v1/nodes")[0]["ID"])
+
+    def count(self, job_id: str) -> int:
+        return int(self.api("GET", f"/v1/job/{job_id}")["TaskGroups"][0]["Count"])
+
+    def purge(self) -> None:
+        for job_id in self.jobs:
+            with contextlib.suppress(Exception):  # it has never been registered
+                self.api("DELETE", f"/v1/job/{job_id}?purge=true")
+        self.jobs.clear()
+
+    def running_anything(self, job_id: str) -> bool:
+        found = self.api("GET", f"/v1/job/{job_id}/allocations")
+        return any(one["ClientStatus"] in ("pending", "running") for one in found)
+
+    def pid_of(self, allocation_id: str) -> int:
+        """The server's process."""
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"serve" in words and allocation_id.encode() in words:
+                return int(path.parent.name)
+        raise AssertionError(f"there is no server of {allocation_id}")
+
+
+@pytest.fixture(scope="session")
+def agent() -> Iterator[Agent]:
+    """A real agent, for whoever needs one and not the fake."""
+    why_not = why_no_nomad()
+    if why_not:
+        pytest.skip(why_not)
+    with Agent() as started:
+        yield started
+
+
+@pytest.fixture
+def real(agent: Agent) -> Iterator[Nomad]:
+    nomad = Nomad(agent.address, True, agent.api)
+    yield nomad
+    nomad.purge()
+
+
+@pytest.fixture(params=["agent", "fake"])
+def nomad(request: pytest.FixtureRequest) -> Iterator[Nomad]:
+    """The real one, and the fake."""
+    if request.param == "agent":
+        yield request.getfixturevalue("real")
+        return
+    fake_module = pytest.importorskip("fake_nomad")
+    with fake_module.FakeNomad() as fake:
+        nomad = Nomad(fake.address, False, fake.api)
+        yield nomad
+        nomad.purge()
+
+
+@pytest.fixture
+def docker() -> None:
+    why_not = why_no_docker()
+    if why_not:
+        pytest.skip(why_not)
