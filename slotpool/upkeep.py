@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -18,10 +19,12 @@ from .supply import Supply
 
 log = logging.getLogger(__name__)
 
-_HEALTH_LIMIT = 5.0  # seconds for a new container to say who it is
+# Seconds for a new container to say who it is: few at first, as packets to one that is being set up are lost, and what waits
+# for their repetition would learn a second late that it answers.
+_HEALTH_LIMITS = (0.25,) * 10 + (1.0,) * 10 + (5.0,)
 _QUICK = 0.1  # seconds between two times that it is asked, as often as _PATIENCE says
 _PATIENCE = 100
-_SLOW = 1.0  # and from then on
+_SLOW = 0.5  # and from then on
 _WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
 _LONGEST = 3600.0
 _CORDON = 30.0  # seconds for which a container that is to be ended grants no leases
@@ -89,7 +92,10 @@ class Upkeep:
             for id_, member in members.items():
                 if id_ not in self._supply.containers and id_ not in self._admitting:
                     self._admitting.add(id_)
-                    self._background.submit(self._admit, member)
+                    if member.delay:
+                        self.later(member.delay, functools.partial(self._try_again, member, 0))
+                    else:
+                        self._background.submit(self._admit, member)
             self._regrow()
             self._changed.notify_all()
 
@@ -98,7 +104,7 @@ class Upkeep:
         container = Container(member, self._config.slots_per_container)
         failure: Exception | None = None
         try:
-            container.introduce(container.client.health(_HEALTH_LIMIT, repeat=False))
+            container.introduce(container.client.health(_HEALTH_LIMITS[min(attempt, len(_HEALTH_LIMITS) - 1)], repeat=False))
         except Exception as e:  # it is not known what answers there
             failure = e
         with self._supply.lock:
@@ -111,7 +117,7 @@ class Upkeep:
             if failure is None or not self._supply.open:
                 self._admitting.discard(member.id)
             else:
-                self.later(_QUICK if attempt < _PATIENCE else _SLOW, lambda: self._try_again(member, attempt + 1))
+                self.later(_QUICK if attempt < _PATIENCE else _SLOW, functools.partial(self._try_again, member, attempt + 1))
             self._changed.notify_all()
         if not admitted:
             container.client.close()

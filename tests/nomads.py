@@ -55,9 +55,9 @@ class Nomad:
         return SlotPool(**self.settings(**more))
 
     def running(self, job_id: str) -> list[dict[str, Any]]:
-        """Its allocations that are to run and do, lowest index first."""
+        """Its allocations that are to run, lowest index first. Nomad tells up to a second late that they do."""
         found = self.api("GET", f"/v1/job/{job_id}/allocations")
-        found = [one for one in found if one["DesiredStatus"] == "run" and one["ClientStatus"] == "running"]
+        found = [one for one in found if one["DesiredStatus"] == "run" and one["ClientStatus"] in ("pending", "running")]
         return sorted(found, key=lambda one: int(one["Name"].rpartition("[")[2][:-1]))
 
     def node(self) -> str:

@@ -17,6 +17,7 @@ class Member:
     """A container that can be talked to.
 
     :ivar index: the fleet ends those with the highest first.
+    :ivar delay: seconds before which it need not be asked for the first time.
     :ivar name: what the server there tells of itself, see ``GET /health``; empty if that is not known.
     """
 
@@ -25,6 +26,7 @@ class Member:
     address: str
     token: str | None = attr.ib(repr=False)
     name: str = ""
+    delay: float = attr.ib(default=0.0, eq=False)
 
 
 class Fleet(Protocol):

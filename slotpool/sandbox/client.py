@@ -259,7 +259,7 @@ class SandboxClient:
                 failure, sent = e, True
                 if not once_sent:
                     break
-            if pause is None:
+            if pause is None or self._http.closed:
                 break
             log.info("asking %s again: %s", self.address, failure)
             time.sleep(pause)

@@ -48,7 +48,7 @@ class Transport:
         # The last used is the first taken. Appending and popping are atomic, so there is no lock.
         self._idle: collections.deque[Any] = collections.deque()
         self._most = connections
-        self._closed = False
+        self.closed = False  # by its owner: the other side is given up
         host = urllib.parse.urlsplit(address).netloc.rpartition("@")[2] or "localhost"
         self._fixed = f" HTTP/1.1\r\nHost: {host}\r\n" + (f"Authorization: Bearer {token}\r\n" if token is not None else "")
 
@@ -57,7 +57,7 @@ class Transport:
     ) -> tuple[int, bytes]:
         """Status and content of the answer.
 
-        :param read_timeout: seconds that the server may be silent.
+        :param read_timeout: seconds that the server may be silent; if it is shorter, the limit of connecting too.
         :raises NotSent, Broken: if there was none.
         """
         lines = [method, " ", path, self._fixed]
@@ -67,7 +67,7 @@ class Transport:
             lines.append(f"Content-Length: {len(body)}\r\n")
         lines.append("\r\n")
         head = "".join(lines).encode("latin-1")
-        connection = self._take()
+        connection = self._take(min(CONNECT_TIMEOUT, read_timeout))
         try:
             status, content, keep = _exchange(connection.sock, head, body, read_timeout)
         except BaseException as e:
@@ -75,7 +75,7 @@ class Transport:
             if isinstance(e, _Malformed) or _is_of_the_system(e):
                 raise Broken(f"{type(e).__name__}: {e}") from e
             raise
-        if keep and not self._closed and len(self._idle) < self._most:
+        if keep and not self.closed and len(self._idle) < self._most:
             self._idle.append(connection)
             if self._is_closed():  # since the last look
                 self.close()
@@ -83,7 +83,7 @@ class Transport:
             connection.close()
         return status, content
 
-    def _take(self) -> Any:
+    def _take(self, timeout: float) -> Any:
         while True:
             try:
                 connection = self._idle.pop()
@@ -95,7 +95,7 @@ class Transport:
                 return connection
             connection.close()  # the server has closed it, as it was idle for long
         try:
-            return self._connect()
+            return self._connect(timeout)
         except (OSError, urllib3.exceptions.HTTPError) as e:
             cause = e.__cause__ if isinstance(e, urllib3.exceptions.HTTPError) else e
             if isinstance(cause, OSError) and not _is_of_the_system(cause):
@@ -114,11 +114,11 @@ class Transport:
             return status, None
 
     def _is_closed(self) -> bool:
-        return self._closed
+        return self.closed
 
     def close(self) -> None:
         """Close the idle connections now, and those in use when their request ends."""
-        self._closed = True
+        self.closed = True
         while True:
             try:
                 self._idle.pop().close()
@@ -127,10 +127,10 @@ class Transport:
 
 
 class _UnixConnection:
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, timeout: float) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.sock.settimeout(CONNECT_TIMEOUT)
+            self.sock.settimeout(timeout)
             self.sock.connect(path)
         except BaseException:
             self.sock.close()
@@ -140,15 +140,15 @@ class _UnixConnection:
         self.sock.close()
 
 
-def _connector(address: str) -> Callable[[], Any]:
-    """What opens a connection: something with ``sock`` and ``close``."""
+def _connector(address: str) -> Callable[[float], Any]:
+    """What opens a connection in so many seconds: something with ``sock`` and ``close``."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme == "unix":
-        return lambda: _UnixConnection(parts.path)
+        return lambda timeout: _UnixConnection(parts.path, timeout)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
 
-    def connect() -> Any:
-        connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT)
+    def connect(timeout: float) -> Any:
+        connection = kind(parts.hostname or "", parts.port, timeout=timeout)
         try:
             connection.connect()
         except BaseException:

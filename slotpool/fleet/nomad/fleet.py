@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Collection, Sequence
 from typing import Callable
 
@@ -14,7 +15,7 @@ from .. import Member
 from . import diagnosis, image
 from .client import NomadClient
 from .connection import Connection
-from .job import GROUP, TASK, create_sandbox_job, differences, token_path
+from .job import GROUP, IN_CONTAINERS, TASK, create_sandbox_job, differences, token_path
 from .types import Allocation, AllocationStatus, Evaluation, Job, address_of
 from .watch import Watch
 
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _FEW = 8  # new allocations whose ports are asked for one by one; those of more come in one list
 _TRIES = 5  # at a change that others' changes keep failing
+_STARTING = 30.0  # seconds in which one that is pending may come to run
+# Seconds from a placement until a container has its network, most often. A packet that comes earlier asks the network who has
+# the address, in vain, and it asks again only a second later.
+_NETWORK = 0.5
 _CONFLICT = "job modify index"  # in Nomad's words for that
 
 
@@ -46,6 +51,7 @@ class NomadFleet:
         self._allocations: dict[str, Allocation] = {}
         self._evaluations: Sequence[Evaluation] = ()
         self._addresses: dict[str, str] = {}  # by allocation; they don't change in its life
+        self._seen: dict[str, float] = {}  # when each allocation was first seen
         self._given_up: set[str] = set()
         self._said: dict[str, str] = {}  # the last words of servers that ended too often, by allocation
         self._known_failed: frozenset[str] = frozenset()  # allocations that had failed before this pool came
@@ -166,9 +172,16 @@ class NomadFleet:
     def members(self) -> Sequence[Member]:
         with self._lock:
             return [
-                Member(one.id, one.index, f"http://{self._addresses[one.id]}", self._token, name=one.id)
+                Member(
+                    one.id,
+                    one.index,
+                    f"http://{self._addresses[one.id]}",
+                    self._token,
+                    name=one.id,
+                    delay=0.0 if one.runs or self._config.driver not in IN_CONTAINERS else _NETWORK,
+                )
                 for one in sorted(self._allocations.values(), key=lambda one: one.index)
-                if one.runs and one.id in self._addresses and one.id not in self._given_up
+                if one.may_answer and one.id in self._addresses and one.id not in self._given_up
             ]
 
     def size(self) -> int:
@@ -223,7 +236,7 @@ class NomadFleet:
                 return False
             if count > wanted:
                 now, _ = self._client.allocations(self._config.job_id)
-                if any(one.runs and one.index >= wanted and one.id not in closed for one in now):
+                if any(one.index >= wanted and one.id not in closed and self._may_be_used(one) for one in now):
                     return False
                 try:
                     self._scale(job, wanted)
@@ -233,6 +246,12 @@ class NomadFleet:
                     return False
             self._set_count(wanted)
             return True
+
+    def _may_be_used(self, allocation: Allocation) -> bool:
+        """Whether somebody may have a lease there; not in one that has not come to run for long."""
+        with self._lock:
+            seen = self._seen.get(allocation.id, time.monotonic())
+        return allocation.runs or (allocation.may_answer and time.monotonic() < seen + _STARTING)
 
     def _scale(self, job: Job, count: int) -> None:
         """Unless the job has changed since it was read."""
@@ -255,12 +274,13 @@ class NomadFleet:
     def _watch_allocations(self, index: int, wait: float) -> int:
         found, index = self._client.allocations(self._config.job_id, index, wait)
         with self._lock:
-            unknown = [one.id for one in found if one.runs and one.id not in self._addresses]
+            unknown = [one.id for one in found if one.may_answer and one.id not in self._addresses]
             silent = [one for one in found if one.id not in self._known_failed and one.id not in self._said]
         addresses = self._ask_addresses(unknown)
         said = {one.id: self._last_words(one.id) for one in silent[-1:] if diagnosis.has_given_up(one)}
         with self._lock:
             self._allocations = {one.id: one for one in found}
+            self._seen = {one.id: self._seen.get(one.id, time.monotonic()) for one in found}
             self._addresses = {id_: at for id_, at in {**self._addresses, **addresses}.items() if id_ in self._allocations}
             self._given_up &= self._allocations.keys()
             self._said.update(said)

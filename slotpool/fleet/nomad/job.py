@@ -16,7 +16,7 @@ TASK = "sandbox-server"
 PORT = "http"
 _INSIDE = 8080  # where the server listens in a container of its own
 _SECOND = 1_000_000_000  # Nomad's durations are nanoseconds
-_IN_CONTAINERS = ("docker", "podman")
+IN_CONTAINERS = ("docker", "podman")
 
 
 def token_path(job_id: str) -> str:
@@ -62,7 +62,7 @@ def create_sandbox_job(config: SlotPoolConfig, count: int) -> dict[str, Any]:
 
 
 def _port(config: SlotPoolConfig) -> dict[str, Any]:
-    return {"Label": PORT, **({"To": _INSIDE} if config.driver in _IN_CONTAINERS else {})}
+    return {"Label": PORT, **({"To": _INSIDE} if config.driver in IN_CONTAINERS else {})}
 
 
 def _task(config: SlotPoolConfig) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _task(config: SlotPoolConfig) -> dict[str, Any]:
 
 
 def _driver_config(config: SlotPoolConfig) -> dict[str, Any]:
-    if config.driver in _IN_CONTAINERS:
+    if config.driver in IN_CONTAINERS:
         arguments = _arguments(config, "0.0.0.0", str(_INSIDE))
         return {
             "image": config.image,

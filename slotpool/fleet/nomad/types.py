@@ -77,6 +77,11 @@ class Allocation:
         )
 
     @property
+    def may_answer(self) -> bool:
+        """Whether its server may be up. Nomad tells that it runs up to a second later."""
+        return self.status in (AllocationStatus.PENDING, AllocationStatus.RUNNING) and self.desired == "run"
+
+    @property
     def runs(self) -> bool:
         """Whether it is there to be used."""
         return self.status is AllocationStatus.RUNNING and self.desired == "run"
