@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from slotpool import Slot, SlotPool
 from slotpool.errors import SlotError
 from slotpool.fleet.nomad import image
 
+README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
 IMAGE = "slotpool-test-nomad:local"
 BASE = "python:3.11-slim"
 
@@ -178,3 +181,18 @@ def test_one_to_five_to_one_with_leases_held_throughout(real: Nomad) -> None:
             s.release()
         assert wait_until(lambda: real.count(job) == 1, 30)
         assert first.bash("cat file; pgrep -c sleep").stdout == "kept\n1\n"
+
+
+def test_the_readmes_code_runs(docker: None, agent: Agent, built: str, capsys: pytest.CaptureFixture[str]) -> None:
+    section = README.partition(":class: nomad")[2].partition("**Sharing.**")[0]
+    code = textwrap.dedent(section).replace("http://127.0.0.1:4646", agent.address)
+    assert agent.address in code
+
+    class Pool(SlotPool):
+        """With an image that this test has built."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(image=built, **settings)
+
+    exec(compile(code, "README.rst", "exec"), {"SlotPool": Pool})
+    assert capsys.readouterr().out not in ("", "0\n")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,15 +112,8 @@ def guarded() -> Iterator[Agent]:
         yield agent
 
 
-# As the README has it.
-POLICY = """
-namespace "default" {
-  capabilities = ["read-job", "submit-job", "scale-job", "alloc-lifecycle", "read-logs"]
-  variables {
-    path "nomad/jobs/*" { capabilities = ["read", "write", "destroy"] }
-  }
-}
-"""
+README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
+POLICY = textwrap.dedent(re.findall(r"^    namespace \"default\" \{.*?^    \}$", README, re.M | re.S)[0])
 
 
 def test_the_documented_policy_is_enough(guarded: Agent) -> None:
@@ -125,6 +123,20 @@ def test_the_documented_policy_is_enough(guarded: Agent) -> None:
         held = [pool.acquire(timeout=60) for _ in range(3)]
         assert [s.bash("echo well").stdout for s in held] == ["well\n"] * 3
         pool.stop(purge_job=True)
+    nomad.purge()
+
+
+@pytest.mark.parametrize("lacking", ["alloc-lifecycle", "read-logs"])
+def test_without_these_a_pool_still_works(guarded: Agent, lacking: str) -> None:
+    nomad = Nomad(guarded.address, True, guarded.api)
+    policy = POLICY.replace(f', "{lacking}"', "")
+    assert lacking not in policy
+    with nomad.pool(nomad_token=guarded.token_for(policy), lease_ttl=1.0) as pool:
+        s = pool.acquire(timeout=30)
+        os.kill(nomad.pid_of(s.alloc_id), signal.SIGKILL)
+        s.release()
+        with pool.slot(timeout=60) as s:
+            assert s.bash("echo well").stdout == "well\n"
     nomad.purge()
 
 
