@@ -42,7 +42,8 @@ def run(pool: SlotPool, rounds: int) -> list[Figure]:
         figures += _files(slot, rounds)
     figures += _leases(pool, rounds)
     figures += _at_once(pool, rounds)
-    figures.append(_memory(pool))
+    if pool.config.backend == "local":  # else its servers are not this process's
+        figures.append(_memory(pool))
     return figures
 
 

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+from collections.abc import Collection
 from typing import Callable
 
 from .background import Background
@@ -49,6 +50,7 @@ class Upkeep:
         self._no_scaling_before = 0.0
         self._no_worn_before = 0.0  # no container is given up for its slots' state
         self._worn_pause = _WORN
+        self._members: Collection[str] = ()  # the fleet's, by their ids
         self._admitting: set[str] = set()  # members that are being asked who they are
         self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
         self._changed = threading.Condition(supply.lock)  # signalled when containers have come, or can't
@@ -86,6 +88,7 @@ class Upkeep:
                 self._changed.notify_all()
                 return
             members = {member.id: member for member in self._fleet.members()}  # under the lock, or it may be out of date
+            self._members = members.keys()
             for container in list(self._supply.containers.values()):
                 if container.id not in members:
                     self._drop(container, "its container has ended")
@@ -130,7 +133,7 @@ class Upkeep:
     def _try_again(self, member: Member, attempt: int) -> None:
         """A container runs before its server listens, and there is nothing to wait for but its answer. Without the lock."""
         with self._supply.lock:
-            if self._supply.open and member in self._fleet.members():
+            if self._supply.open and member.id in self._members:
                 self._background.submit(self._admit, member, attempt)
             else:
                 self._admitting.discard(member.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import requests
 from agents import Agent, why_no_docker, why_no_nomad
+from fake_nomad import FakeNomad
 
 import slotpool
 from slotpool import SlotPool
@@ -24,13 +27,13 @@ class Nomad:
     """Where jobs run.
 
     :ivar address: of the HTTP API.
-    :ivar real: whether it is a real agent.
+    :ivar fake: the fake with its levers, if it is one.
     """
 
-    def __init__(self, address: str, real: bool, api: Callable[..., Any]) -> None:
+    def __init__(self, address: str, api: Callable[..., Any], fake: FakeNomad | None = None) -> None:
         self.address = address
-        self.real = real
         self.api = api
+        self.fake = fake
         self.jobs: list[str] = []
 
     def new_job(self) -> str:
@@ -101,7 +104,7 @@ def agent() -> Iterator[Agent]:
 
 @pytest.fixture
 def real(agent: Agent) -> Iterator[Nomad]:
-    nomad = Nomad(agent.address, True, agent.api)
+    nomad = Nomad(agent.address, agent.api)
     yield nomad
     nomad.purge()
 
@@ -112,11 +115,14 @@ def nomad(request: pytest.FixtureRequest) -> Iterator[Nomad]:
     if request.param == "agent":
         yield request.getfixturevalue("real")
         return
-    fake_module = pytest.importorskip("fake_nomad")
-    with fake_module.FakeNomad() as fake:
-        nomad = Nomad(fake.address, False, fake.api)
-        yield nomad
-        nomad.purge()
+    with FakeNomad(nodes=1) as fake:
+        yield Nomad(fake.address, functools.partial(_api, fake.address), fake)
+
+
+def _api(address: str, method: str, path: str, body: Any = None) -> Any:
+    response = requests.request(method, address + path, json=body, timeout=30)
+    response.raise_for_status()
+    return response.json() if response.content else None
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,49 @@ def test_bench_prints_figures_beside_their_baselines() -> None:
     for part in ('s.bash("true"), 10 ms apart', "back to back", "at once", "acquire + release", "batch", "1 MiB", "memory"):
         assert any(part in name for name in names), part
     assert all(figure["value"] is None or figure["value"] > 0 for figure in told["figures"])
+
+
+def test_settings_that_can_not_be_used_are_named() -> None:
+    for words, said in (
+        (["up", "--set", "drivr=docker"], b"drivr: expected a setting of SlotPoolConfig (did you mean driver?)"),
+        (["up", "--set", "cpu=much"], b"cpu: expected an integer"),
+        (["status", "--set", "privileged=yes"], b"privileged: expected True or False, got 'yes'"),
+        (["up", "--set", "memory"], b"--set: expected NAME=VALUE, got 'memory'"),
+        (["down", "--job", "a", "--set", "job_id=b"], b"job_id: expected one value"),
+        (["up", "--set", "cpu=1", "--set", "cpu=2"], b"cpu: expected one value"),
+        (["up", "--set", "backend=local"], b"backend: expected nomad"),
+        (["up", "--set", 'nomad_token="two words"'], b"nomad_token: expected printable"),
+        (["up", "--nomad", "nowhere"], b"nomad_address: expected an address"),
+        (["exec", "--job", "a", "true"], b"--job: expected --nomad"),
+        (["bench", "--set", "cpu=1"], b"--set: expected --nomad"),
+        (["bench", "--nomad", "--set", "prefetch=1"], b"prefetch: expected at least 10"),
+        (["build", "--image", ""], b"image: expected a non-empty string"),
+    ):
+        refused = slotpool(*words)
+        assert (refused.returncode, refused.stdout) == (125, b""), words
+        assert refused.stderr.startswith(b"slotpool: " + said), refused.stderr
+        assert b"two words" not in refused.stderr
+
+
+def test_a_cluster_that_does_not_answer() -> None:
+    for words in (["status"], ["exec", "true"]):
+        refused = slotpool(*words[:1], "--nomad", "http://127.0.0.1:1", *words[1:])
+        assert (refused.returncode, refused.stdout) == (125, b""), words
+        assert b"Nomad at http://127.0.0.1:1 can't be reached" in refused.stderr
+
+
+def test_build_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\n[ "$1" = build ] || exit 1\nprintf "%s\\n" "$@"\n[ "$3" != bad:local ]\n')
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = ["--base", "b", "--dockerfile", "d", "--context", "c", "--package", "p", "q", "--package", "r"]
+    built = slotpool("build", "--image", "good:local", *options)
+    assert (built.returncode, built.stdout) == (0, b"good:local\n"), built.stderr
+    wanted = ["build", "-t", "good:local", "--build-arg", "BASE=b", "--build-arg", "EXTRA_PACKAGES=p q r"]
+    said = built.stderr.decode().splitlines()
+    assert said[: len(wanted)] == wanted
+    assert said[-3:] == ["-f", "d", "c"]
+    failed = slotpool("build", "--image", "bad:local")
+    assert (failed.returncode, failed.stdout) == (125, b"")
+    assert b"slotpool: building bad:local failed with exit code 1" in failed.stderr

@@ -211,16 +211,11 @@ class PlainSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
-        known = set(self.nursery.exited)
-        nursery = os.getpid()
-
-        def act() -> bool:
-            # What a dead zygote left behind has become the nursery's; living ones keep theirs to themselves.
-            strays = [pid for pid in zygote.children(nursery) if pid not in known and pid != os.getpid()]
-            roots = strays + ([self._zygote] if self._zygote is not None else [])
-            return all(zygote.kill_tree(root) for root in roots)
-
-        self.help_to_kill(act)
+        # What a dead zygote left behind has become the nursery's; living ones keep theirs to themselves. It is looked for here,
+        # and not in the helper, which would take another sandbox's helper for one.
+        strays = [pid for pid in zygote.children(os.getpid()) if pid not in self.nursery.exited]
+        roots = strays + ([self._zygote] if self._zygote is not None else [])
+        self.help_to_kill(lambda: all(zygote.kill_tree(root) for root in roots))
 
 
 class UserSandbox(Sandbox):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import PACKAGE, wait_until
 
-from slotpool import CommandFailed, SlotPool
+from slotpool import SlotPool
 from slotpool.fleet.nomad import image as images
 
 pytestmark = pytest.mark.timeout(900)

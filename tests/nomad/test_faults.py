@@ -83,7 +83,7 @@ def test_an_agent_that_restarts_disturbs_no_lease(hard: bool) -> None:
     if why_not:
         pytest.skip(why_not)
     with Agent() as agent:
-        nomad = Nomad(agent.address, True, agent.api)
+        nomad = Nomad(agent.address, agent.api)
         with nomad.pool(max_containers=2) as pool:
             held = [pool.acquire(timeout=30) for _ in range(2)]
             agent.restart(hard)
@@ -139,7 +139,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_a_cluster_spreads_leases_and_a_client_that_is_cut_off_and_healed(cluster: Cluster) -> None:
-    nomad = Nomad(cluster.address, True, cluster.api)
+    nomad = Nomad(cluster.address, cluster.api)
     settings = nomad.settings(slots_per_container=2, min_containers=3, max_containers=3, lease_ttl=4.0)
     with SlotPool(**settings) as pool:
         held = [pool.acquire(timeout=60) for _ in range(6)]

@@ -56,6 +56,8 @@ def test_a_command_that_is_not_there(nomad: Nomad) -> None:
 
 
 def test_no_room(nomad: Nomad) -> None:
+    if nomad.fake:
+        nomad.fake.no_room("memory")
     told = refused(PlacementFailed, **nomad.settings(memory=50_000_000))
     assert "memory is used up on 1 node(s)" in told
 
@@ -75,6 +77,8 @@ def test_no_node_in_that_datacenter(nomad: Nomad) -> None:
 
 
 def test_a_driver_that_no_node_has(nomad: Nomad) -> None:
+    if nomad.fake:
+        nomad.fake.missing_driver()
     told = refused(PlacementFailed, **nomad.settings(driver="podman", image="x"))
     assert "driver is missing on 1 node(s)" in told
 
@@ -117,7 +121,7 @@ POLICY = textwrap.dedent(re.findall(r"^    namespace \"default\" \{.*?^    \}$",
 
 
 def test_the_documented_policy_is_enough(guarded: Agent) -> None:
-    nomad = Nomad(guarded.address, True, guarded.api)
+    nomad = Nomad(guarded.address, guarded.api)
     settings = nomad.settings(nomad_token=guarded.token_for(POLICY), max_containers=2, scale_down_after=0.3)
     with SlotPool(**settings) as pool:
         held = [pool.acquire(timeout=60) for _ in range(3)]
@@ -128,7 +132,7 @@ def test_the_documented_policy_is_enough(guarded: Agent) -> None:
 
 @pytest.mark.parametrize("lacking", ["alloc-lifecycle", "read-logs"])
 def test_without_these_a_pool_still_works(guarded: Agent, lacking: str) -> None:
-    nomad = Nomad(guarded.address, True, guarded.api)
+    nomad = Nomad(guarded.address, guarded.api)
     policy = POLICY.replace(f', "{lacking}"', "")
     assert lacking not in policy
     with nomad.pool(nomad_token=guarded.token_for(policy), lease_ttl=1.0) as pool:
@@ -149,7 +153,7 @@ def test_without_these_a_pool_still_works(guarded: Agent, lacking: str) -> None:
     ],
 )
 def test_less_is_refused_and_what_is_missing_is_named(guarded: Agent, lacking: str, named: str) -> None:
-    nomad = Nomad(guarded.address, True, guarded.api)
+    nomad = Nomad(guarded.address, guarded.api)
     policy = POLICY.replace(f'"{lacking}", ', "").replace(f', "{lacking}"', "")
     if lacking == "read-job":
         policy = policy.replace('"submit-job", ', "")  # which includes it
@@ -160,7 +164,7 @@ def test_less_is_refused_and_what_is_missing_is_named(guarded: Agent, lacking: s
 
 
 def test_no_token_is_told(guarded: Agent) -> None:
-    nomad = Nomad(guarded.address, True, guarded.api)
+    nomad = Nomad(guarded.address, guarded.api)
     assert "anonymous" in refused(NomadDenied, **nomad.settings())
     assert "token" in refused(NomadDenied, **nomad.settings(nomad_token="3b1a2f0e-0000-0000-0000-000000000000"))
 
@@ -170,7 +174,7 @@ def test_tls_with_client_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     if why_not:
         pytest.skip(why_not)
     with Agent(tls=True) as agent:
-        nomad = Nomad(agent.address, True, agent.api)
+        nomad = Nomad(agent.address, agent.api)
         certificates = {
             "nomad_cacert": str(agent.ca_file),
             "nomad_client_cert": str(agent.client_cert),

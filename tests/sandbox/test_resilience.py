@@ -210,3 +210,11 @@ def test_a_background_process_that_has_ended_is_gone_for_later_commands(start_se
     server.bash(lease, "sleep 1013 & echo $! >pid")
     result = server.bash(lease, "kill $(<pid); while kill -0 $(<pid); do :; done 2>&-; echo gone", timeout=5.0)
     assert result["stdout"] == "gone\n"
+
+
+def test_slots_that_are_given_back_together_are_all_made_clean(start_server: StartServer) -> None:
+    server = start_server("none", slots=8)
+    for _ in range(10):
+        leases = server.lease(8)
+        server.client.lease("test", 30.0, 0, [lease["token"] for lease in leases])
+        assert server.free(8)

@@ -87,10 +87,20 @@ class NomadClient:
 
     # Allocations
 
-    def allocations(self, job_id: str, index: int = 0, wait: float = 0.0) -> tuple[list[Allocation], int]:
-        """``GET /v1/job/ID/allocations``; with ``wait`` a blocking query. Ports are not in it."""
+    def allocations(
+        self, job_id: str, index: int = 0, wait: float = 0.0, known: Mapping[str, Allocation] | None = None
+    ) -> tuple[list[Allocation], int]:
+        """``GET /v1/job/ID/allocations``; with ``wait`` a blocking query. Ports are not in it.
+
+        :param known: by id; those that have not changed are returned as they are.
+        """
         told, index = self._http.get(_job(job_id, "/allocations"), _READ, index=index, wait=wait)
-        return [Allocation.parse(one) for one in told or ()], index
+        found = []
+        for one in told or ():
+            before = known.get(one["ID"]) if known else None
+            same = before is not None and before.modify_index == one.get("ModifyIndex")
+            found.append(before if same and before is not None else Allocation.parse(one))
+        return found, index
 
     def allocation(self, allocation_id: str) -> dict[str, Any] | None:
         """``GET /v1/allocation/ID``: all of it, with its ports; see :func:`.types.address_of`."""
@@ -110,8 +120,7 @@ class NomadClient:
     def last_output(self, allocation_id: str, task: str, size: int = 2000) -> str:
         """``GET /v1/client/fs/logs/ID``: the last bytes that the task wrote to its standard error."""
         params = {"task": task, "type": "stderr", "origin": "end", "offset": str(size), "plain": "true"}
-        told, _ = self._http.get(f"/v1/client/fs/logs/{allocation_id}", "the namespace capability read-logs", params)
-        return told if isinstance(told, str) else ""
+        return self._http.get_text(f"/v1/client/fs/logs/{allocation_id}", "the namespace capability read-logs", params)
 
     # Evaluations and deployments
 

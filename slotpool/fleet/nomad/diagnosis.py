@@ -51,9 +51,11 @@ def _of_allocation(allocation: Allocation, image: str, driver: str, said: Mappin
             return CrashLoop(f"the driver {driver} could not start {where}: {event.message}\n{_events(allocation)}")
     if has_given_up(allocation):
         last = said.get(allocation.id, "").strip()
+        killed = any(word in event.message for event in allocation.events for word in ("OOM", "Signal: 9", "Exit Code: 137"))
         return CrashLoop(
             f"the sandbox server of {where} ends each time it is started; `nomad alloc logs -stderr {allocation.id} {TASK}` "
-            f"shows what it says\n{_events(allocation)}" + (f"\nits last words:\n{last}" if last else "")
+            f"shows what it says{'; it was killed, perhaps as `memory` is too little for it' if killed else ''}"
+            f"\n{_events(allocation)}" + (f"\nits last words:\n{last}" if last else "")
         )
     return None
 
@@ -75,6 +77,8 @@ def of_evaluations(evaluations: Sequence[Evaluation], missing: int) -> StartFail
     if missing <= 0:
         return None
     for evaluation in reversed(evaluations):
+        if evaluation.status == "pending":  # what an earlier one says may be out of date
+            return None
         if evaluation.status in ("complete", "failed", "blocked") and (evaluation.failed or evaluation.status == "complete"):
             placement = evaluation.failed.get(GROUP)
             return PlacementFailed(_unplaced(placement, missing)) if placement is not None else None

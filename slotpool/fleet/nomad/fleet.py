@@ -50,6 +50,7 @@ class NomadFleet:
         self._count = 0
         self._allocations: dict[str, Allocation] = {}
         self._evaluations: Sequence[Evaluation] = ()
+        self._members: Sequence[Member] = ()
         self._addresses: dict[str, str] = {}  # by allocation; they don't change in its life
         self._seen: dict[str, float] = {}  # when each allocation was first seen
         self._given_up: set[str] = set()
@@ -64,17 +65,10 @@ class NomadFleet:
         config = self._config
         self._notify = on_change
         self._client.leader()
-        if config.driver == "docker":
-            image.ensure(
-                config.image,
-                auto_build=config.auto_build_local_image,
-                dockerfile=config.dockerfile_path,
-                context=config.docker_build_context,
-            )
         if config.purge_job_on_start:
             self._client.stop(config.job_id, purge=True)
         before, _ = self._client.allocations(config.job_id)
-        self._known_failed = frozenset(one.id for one in before if not one.runs)
+        self._known_failed = frozenset(one.id for one in before if not one.may_answer)
         self._attach(wanted)
         self._watches = [
             Watch("allocations", self._watch_allocations),
@@ -89,8 +83,6 @@ class NomadFleet:
         with self._changing:
             for _ in range(_TRIES):
                 job = self._client.job(self._config.job_id)
-                stands = job is not None and not job.stopped
-                self._token = self._shared_token(create=not stands)
                 try:
                     self._bring_up(job, wanted)
                 except NomadError as e:
@@ -106,12 +98,15 @@ class NomadFleet:
         config = self._config
         count = job.count(GROUP) if job is not None else None
         if job is None or job.stopped:
+            self._token = self._shared_token(create=True)
+            self._ensure_image()
+            self._deployed = True  # or perhaps, if there is no answer
             self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=job.modify_index if job else 0)
-            self._deployed = True
             self._set_count(wanted)
             return
         if count is None:
             raise JobDiffers(f"job {config.job_id} has no group {GROUP!r}, so it is not slotpool's; choose another job_id")
+        self._token = self._shared_token(create=False)
         wanted = max(wanted, count)
         if config.update_job is not False:
             body = create_sandbox_job(config, count)
@@ -124,12 +119,22 @@ class NomadFleet:
                     "another job_id"
                 )
             if different:
+                self._ensure_image()
                 self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=job.modify_index)
                 self._set_count(wanted)
                 return
         if wanted > count:
             self._scale(job, wanted)
         self._set_count(wanted)
+
+    def _ensure_image(self) -> None:
+        if self._config.driver == "docker":
+            image.ensure(
+                self._config.image,
+                auto_build=self._config.auto_build_local_image,
+                dockerfile=self._config.dockerfile_path,
+                context=self._config.docker_build_context,
+            )
 
     def _shared_token(self, create: bool) -> str:
         """The token of the job's servers. Nomad keeps it for all pools that share the job; the first one makes it."""
@@ -171,18 +176,23 @@ class NomadFleet:
 
     def members(self) -> Sequence[Member]:
         with self._lock:
-            return [
-                Member(
-                    one.id,
-                    one.index,
-                    f"http://{self._addresses[one.id]}",
-                    self._token,
-                    name=one.id,
-                    delay=0.0 if one.runs or self._config.driver not in IN_CONTAINERS else _NETWORK,
-                )
-                for one in sorted(self._allocations.values(), key=lambda one: one.index)
-                if one.may_answer and one.id in self._addresses and one.id not in self._given_up
-            ]
+            return self._members
+
+    def _find_members(self) -> Sequence[Member]:
+        """The lock is held."""
+        early = _NETWORK if self._config.driver in IN_CONTAINERS else 0.0
+        return [
+            Member(
+                one.id,
+                one.index,
+                f"http://{self._addresses[one.id]}",
+                self._token,
+                name=one.id,
+                delay=0.0 if one.runs else early,
+            )
+            for one in sorted(self._allocations.values(), key=lambda one: one.index)
+            if one.may_answer and one.id in self._addresses and one.id not in self._given_up
+        ]
 
     def size(self) -> int:
         with self._lock:
@@ -262,17 +272,19 @@ class NomadFleet:
     def replace(self, member: Member) -> None:
         with self._lock:
             self._given_up.add(member.id)
+            self._members = self._find_members()
         try:
             self._client.stop_allocation(member.id)
         except SlotPoolError:
             with self._lock:
                 self._given_up.discard(member.id)
+                self._members = self._find_members()
             raise
 
     # What the watches do
 
     def _watch_allocations(self, index: int, wait: float) -> int:
-        found, index = self._client.allocations(self._config.job_id, index, wait)
+        found, index = self._client.allocations(self._config.job_id, index, wait, self._allocations)
         with self._lock:
             unknown = [one.id for one in found if one.may_answer and one.id not in self._addresses]
             silent = [one for one in found if one.id not in self._known_failed and one.id not in self._said]
@@ -284,6 +296,7 @@ class NomadFleet:
             self._addresses = {id_: at for id_, at in {**self._addresses, **addresses}.items() if id_ in self._allocations}
             self._given_up &= self._allocations.keys()
             self._said.update(said)
+            self._members = self._find_members()
         self._notify()
         return index
 

@@ -46,6 +46,14 @@ class NomadHTTP:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def get_text(self, path: str, needs: str, params: Mapping[str, str]) -> str:
+        """What is at ``path``; empty if nothing is.
+
+        :raises NomadError:
+        """
+        response = self._ask("GET", path, needs, dict(params), None, _READ_TIMEOUT, _PAUSES)
+        return "" if response.status_code == 404 else response.text
+
     def get(
         self, path: str, needs: str, params: Mapping[str, str] | None = None, *, index: int = 0, wait: float = 0.0
     ) -> tuple[Any, int]:
@@ -62,9 +70,8 @@ class NomadHTTP:
         pauses = () if wait else _PAUSES  # who follows something asks again anyway
         response = self._ask("GET", path, needs, query, None, _READ_TIMEOUT + wait * 17 / 16, pauses)
         if response.status_code == 404:
-            return None, 0
-        value = self._json(response) if "json" in response.headers.get("Content-Type", "") else response.text
-        return value, int(response.headers.get(_INDEX, 0))
+            return None, int(response.headers.get(_INDEX, 0))
+        return self._json(response), int(response.headers.get(_INDEX, 0))
 
     def write(self, method: str, path: str, needs: str, body: object = None, params: Mapping[str, str] | None = None) -> Any:
         """Change something; the answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Callable
 
 from ...errors import NomadError
@@ -11,6 +12,7 @@ from ...errors import NomadError
 log = logging.getLogger(__name__)
 
 _WAIT = 60.0  # seconds that one query is held
+_LEAST = 0.5  # seconds between two queries when there is nothing new
 _PAUSES = (0.2, 1.0, 3.0, 5.0)  # seconds after so many failures in a row
 
 
@@ -47,10 +49,12 @@ class Watch:
         index, failures = 0, 0
         while not self._stopped.is_set():
             try:
+                asked = time.monotonic()
                 seen = self._ask(index, _WAIT if index else 0.0)
+                if seen <= index and time.monotonic() - asked < _LEAST:  # it did not block
+                    self._stopped.wait(_LEAST)
                 # As Nomad's documentation asks: one that goes back, as a restored server's does, begins anew.
-                index = seen if seen >= index else 0
-                index = max(index, 1)
+                index = max(seen, 1) if seen >= index else 0
                 self.trouble, failures = None, 0
             except Exception as e:
                 if self._stopped.is_set():
