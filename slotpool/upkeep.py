@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _HEALTH_LIMITS = (0.25,) * 10 + (1.0,) * 10 + (5.0,)
 _QUICK = 0.1  # seconds between two times that it is asked, as often as _PATIENCE says
 _PATIENCE = 100
+_TELLING = 20  # attempts after which a caller who asks is told of them
 _SLOW = 0.5  # and from then on
 _WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
 _LONGEST = 3600.0
@@ -115,7 +116,7 @@ class Upkeep:
             if admitted:
                 self._supply.containers[member.id] = container
                 self._supply.refill()
-            elif attempt >= _PATIENCE or not self._scales or isinstance(failure, ContainerRefused):
+            elif attempt >= _TELLING or not self._scales or isinstance(failure, ContainerRefused):
                 self._supply.trouble = failure
             if failure is None or not self._supply.open:
                 self._admitting.discard(member.id)

@@ -24,6 +24,7 @@ from slotpool.errors import (
     NomadError,
     NomadUnreachable,
     PlacementFailed,
+    StartFailed,
 )
 from slotpool.fleet.nomad.client import NomadClient
 from slotpool.fleet.nomad.connection import Connection
@@ -97,6 +98,14 @@ def test_an_image_that_can_not_be_had(real: Nomad, docker: None) -> None:
 def test_an_unknown_namespace(nomad: Nomad) -> None:
     told = refused(NomadError, **nomad.settings(nomad_namespace="nowhere"))
     assert "nomad namespace list" in told
+
+
+def test_a_port_that_nothing_answers_on(nomad: Nomad) -> None:
+    settings = nomad.settings(server_command=["bash", "-c", "sleep 1000"])
+    with pytest.raises(StartFailed) as raised, SlotPool(**settings, start_timeout=6):
+        pass
+    assert "1 running" in str(raised.value)
+    assert "no answer from the container at http://127.0.0.1:" in str(raised.value)
 
 
 def test_an_allocation_that_is_not_slotpools(real: Nomad) -> None:
