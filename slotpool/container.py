@@ -29,7 +29,7 @@ class Container:
         self.exhausted = False  # the last time, it had none for us
         self.retry_at = 0.0  # on the monotonic clock: not asked for leases before, as it has just failed
         self.checking = False  # a renewal is under way
-        self.cordoned = False  # to be ended: nothing more is leased
+        self.closed_until = 0.0  # on the monotonic clock: to be ended, so nothing is leased before
         self.answered_at = time.monotonic()
         self.leased_by_others = 0  # slots that other pools have leased, as far as is known
         self.info: dict[str, Any] = {}
@@ -52,6 +52,11 @@ class Container:
         self.capacity = int(answer.get("usable", self.capacity))
         if not self.exchanges:  # else it isn't known which of them are ours
             self.leased_by_others = max(0, int(answer.get("leased", 0)) - len(self.tenures) - len(self.outbox))
+
+    @property
+    def cordoned(self) -> bool:
+        """Whether it is closed to new leases. If it has not been ended by then, it can be used again."""
+        return time.monotonic() < self.closed_until
 
     @property
     def room(self) -> int:

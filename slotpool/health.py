@@ -17,11 +17,13 @@ class HealthThread:
 
     :param tend: the bound method.
     :param period: seconds.
+    :param orphaned: called, as the last, if the pool has been collected.
     """
 
-    def __init__(self, tend: Callable[[], None], period: float) -> None:
-        self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(None))
+    def __init__(self, tend: Callable[[], None], period: float, orphaned: Callable[[], None]) -> None:
+        self._tend = weakref.WeakMethod(tend, lambda _: self._wakes.put(0.0))
         self._period = period
+        self._orphaned = orphaned
         # Seconds until the next look, what to call and when, or None to end. Not an Event: a finalizer wakes this thread, and
         # only this queue may be used amid anything.
         self._wakes: queue.SimpleQueue[float | tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
@@ -68,6 +70,7 @@ class HealthThread:
                 due = now + self._period
                 tend = self._tend()
                 if tend is None:
+                    _guarded(self._orphaned)
                     return
                 ripe.append(tend)
                 del tend

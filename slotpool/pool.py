@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import logging
 import os
@@ -61,8 +62,10 @@ class SlotPool:
         self._upkeep = Upkeep(self.config, self._fleet, self._supply, self._background)
         # Three renewals in a time to live, so that two may be lost.
         period = min(self.config.health_check_interval, self.config.lease_ttl / 3)
-        self._health = HealthThread(self._tend, period)
-        self._supply.look_again = self._health.wake
+        self._health = HealthThread(
+            self._tend, period, functools.partial(_clean_up, self._fleet, self._supply, self._background)
+        )
+        self._supply.later = self._health.call
         self._upkeep.later = self._health.call
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
@@ -364,6 +367,16 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
     from .fleet.nomad.fleet import NomadFleet  # and with it requests, which takes a while to import
 
     return NomadFleet(config)
+
+
+def _clean_up(fleet: Fleet, supply: Supply, background: Background) -> None:
+    """A pool was collected without having been stopped. Leases that it has had expire."""
+    log.warning("a pool was dropped without being stopped")
+    supply.close()
+    fleet.stop(False)
+    background.close()
+    for container in supply.containers.values():
+        container.client.close()
 
 
 _open_pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()

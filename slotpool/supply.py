@@ -43,7 +43,7 @@ class Supply:
 
     def __init__(self, config: SlotPoolConfig, owner: str, background: Background) -> None:
         self._config = config
-        self._owner = owner
+        self.owner = owner
         self._shared = config.backend == "nomad"
         self._background = background
         # Guards every field below, those of the containers, and the scaling in Upkeep. Nothing slow is done under it.
@@ -57,7 +57,7 @@ class Supply:
         self._strays: set[Tenure] = set()
         self.trouble: Exception | None = None  # the last failure to get leases or containers
         self.demand_changed: Callable[[], None] = lambda: None  # called with the lock held
-        self.look_again: Callable[[float], None] = lambda after: None  # have the containers looked at in so many seconds
+        self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
 
     # For callers
 
@@ -184,10 +184,24 @@ class Supply:
         container.outbox.append(tenure.token)
         self._submit_exchange(container)
 
-    def close_off(self, containers: Sequence[Container]) -> None:
-        """Lease nothing more of them, and give their idle leases back. The lock is held."""
+    def uses(self, container: Container) -> bool:
+        """Whether a caller has one of its slots, or has left one for the next as it is. The lock is held."""
+        held = any(tenure.container is container for tenure in self.held)
+        return held or any(tenure.used for tenure in container.tenures.values())
+
+    def close_at_server(self, container: Container, ttl: float) -> bool:
+        """Have its server grant no leases for ``ttl`` seconds; False if somebody else has one. Without the lock.
+
+        :raises SlotPoolError: there is no answer.
+        """
+        with self.lock:
+            tokens, container.outbox = container.outbox, []
+        return container.client.cordon(self.owner, ttl, tokens)
+
+    def close_off(self, containers: Sequence[Container], until: float) -> None:
+        """Lease nothing more of them until then, and give their idle leases back. The lock is held."""
         for container in containers:
-            container.cordoned = True
+            container.closed_until = until
             container.outbox += container.tenures
             container.tenures.clear()
         self.keep_ready(lambda tenure: not tenure.container.cordoned)
@@ -219,6 +233,11 @@ class Supply:
             need -= container.room
             self._submit_exchange(container)
         self.demand_changed()
+
+    def _look_again(self) -> None:
+        """Without the lock."""
+        with self.lock:
+            self.refill()
 
     def collect_strays(self) -> None:
         """Give back leases that nobody has, as an interrupt came while they changed hands. The lock is held."""
@@ -256,7 +275,7 @@ class Supply:
         failure: SlotPoolError | None = None
         try:
             if take or release:
-                answer = container.client.lease(self._owner, self._config.lease_ttl, take, release, hold)
+                answer = container.client.lease(self.owner, self._config.lease_ttl, take, release, hold)
                 granted = [Tenure(container, lease) for lease in answer["leases"]]
         except SlotPoolError as e:
             failure = e
@@ -285,7 +304,7 @@ class Supply:
             container.exhausted = not granted
             if not granted and self.waiters:  # the server need not have held the request
                 container.retry_at = time.monotonic() + _LEAST
-                self.look_again(2 * _LEAST)
+                self.later(2 * _LEAST, self._look_again)
         if container.id not in self.containers or container.cordoned or not self.open:
             return [tenure.token for tenure in granted]
         for tenure in granted:
@@ -300,14 +319,14 @@ class Supply:
 
     def _return_quietly(self, container: Container, tokens: list[str]) -> None:
         try:
-            container.client.lease(self._owner, self._config.lease_ttl, 0, tokens)
+            container.client.lease(self.owner, self._config.lease_ttl, 0, tokens)
         except SlotPoolError as e:
             log.debug("leases could not be given back, and will expire: %s", e)
 
     def _note(self, container: Container, failure: SlotPoolError) -> None:
         if self.open and not container.cordoned:
             log.warning("%s: %s", container.id, failure)
-            self.look_again(_RETRY)
+            self.later(_RETRY, self._look_again)
 
     def give_all_back(self, container: Container) -> None:
         """Every lease that the pool has in it, without waiting for their cleaning."""

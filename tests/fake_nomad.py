@@ -2109,7 +2109,7 @@ class _StandIns:
             self._send(connection, 200, told)
         elif (method, path) == ("POST", "/v1/cordon"):
             self._clean(table, table.release(body["release"]))
-            self._send(connection, 200, {"cordoned": table.cordon(now + body["ttl"] if body["ttl"] else 0.0)})
+            self._send(connection, 200, {"cordoned": table.cordon(body["owner"], now + body["ttl"], now)})
         else:
             self._send(connection, 404, {"error": {"code": "not_found", "message": f"a stand-in has no {path}"}})
 

@@ -53,9 +53,10 @@ class Fleet(Protocol):
         :raises SlotPoolError: if that was refused.
         """
 
-    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+    def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         """End the containers with an index of ``wanted`` and more, if all of those are ``closed`` to new leases, by their ids.
 
+        :param before: the time on the monotonic clock after which it must not be begun.
         :return: False if there is one that isn't, or somebody else has changed the number meanwhile: then nothing was done.
         :raises SlotPoolError: if that was refused.
         """

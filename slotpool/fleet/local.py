@@ -170,7 +170,7 @@ class LocalFleet:
                     self._size = before
                 raise
 
-    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+    def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         with self._scaling:
             with self._lock:
                 surplus = [server for index, server in self._servers.items() if index >= wanted]

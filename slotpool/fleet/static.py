@@ -26,7 +26,7 @@ class StaticFleet:
     def grow(self, wanted: int) -> None:
         pass
 
-    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+    def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         return False
 
     def replace(self, member: Member) -> None:

@@ -157,8 +157,9 @@ class App:
         return _json(200, self._host.renew(_strings(body, "tokens")))
 
     def _cordon(self, environ: WSGIEnvironment) -> Response:
-        body = _object(environ, "ttl", "release")
-        return _json(200, {"cordoned": self._host.cordon(_number(body, "ttl", 0.0, MAX_TTL), _strings(body, "release"))})
+        body = _object(environ, "owner", "ttl", "release")
+        owner, ttl = _string(body, "owner"), _number(body, "ttl", 0.0, MAX_TTL)
+        return _json(200, {"cordoned": self._host.cordon(owner, ttl, _strings(body, "release"))})
 
     def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")

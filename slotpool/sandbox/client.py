@@ -80,9 +80,9 @@ class SandboxClient:
         )
         return renewed  # type: ignore[no-any-return]
 
-    def cordon(self, ttl: float, release: Sequence[str] = ()) -> bool:
+    def cordon(self, owner: str, ttl: float, release: Sequence[str] = ()) -> bool:
         """``POST /v1/cordon``; whether it is so. Safe to repeat."""
-        body = {"ttl": ttl, "release": list(release)}
+        body = {"owner": owner, "ttl": ttl, "release": list(release)}
         return bool(self._dict(self._repeat(lambda: self._http.json("POST", "/v1/cordon", body, _SLACK)))["cordoned"])
 
     def execute(

@@ -140,12 +140,13 @@ class Host:
                 "leased": self._table.leased(),
             }
 
-    def cordon(self, ttl: float, release: Sequence[str]) -> bool:
+    def cordon(self, owner: str, ttl: float, release: Sequence[str]) -> bool:
         """Give leases back, then grant none for ``ttl`` seconds; False, if others are held."""
         with self._changed:
             self._refuse_if_closing()
             to_clean = self._table.release(release)
-            done = self._table.cordon(time.monotonic() + ttl if ttl else 0.0)
+            now = time.monotonic()
+            done = self._table.cordon(owner, now + ttl, now)
             self._changed.notify_all()
         self._clean(to_clean)
         return done

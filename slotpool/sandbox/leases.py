@@ -46,7 +46,7 @@ class LeaseTable:
     def __init__(self, slots: Iterable[str]) -> None:
         self._rows: dict[str, _Row] = {slot: _Row() for slot in slots}
         self._by_token: dict[str, Lease] = {}
-        self._cordoned_until = 0.0
+        self._cordons: dict[str, float] = {}  # until when, by who has asked for it
 
     def __contains__(self, slot: object) -> bool:
         return slot in self._rows
@@ -54,7 +54,7 @@ class LeaseTable:
     def take(self, owner: str, count: int, ttl: float, now: float) -> list[Lease]:
         """Lease up to ``count`` free slots, the first in order."""
         taken: list[Lease] = []
-        if now < self._cordoned_until:
+        if any(now < until for until in self._cordons.values()):
             return taken
         for slot, row in self._rows.items():
             if len(taken) == count:
@@ -115,11 +115,16 @@ class LeaseTable:
         assert row.state is State.PREPARING, row.state
         row.state, row.why = State.QUARANTINED, why
 
-    def cordon(self, until: float) -> bool:
-        """Grant no lease until then, or again if that is past; False if one is held, and nothing has changed."""
-        if self._by_token and until > 0:
+    def cordon(self, owner: str, until: float, now: float) -> bool:
+        """Grant no lease until then, or, if that is past, again as far as ``owner`` is concerned; False if one is held, and
+        nothing has changed.
+        """
+        self._cordons = {other: end for other, end in self._cordons.items() if end > now and other != owner}
+        if until <= now:
+            return True
+        if self._by_token:
             return False
-        self._cordoned_until = until
+        self._cordons[owner] = until
         return True
 
     def leased(self) -> int:

@@ -18,9 +18,9 @@ the lease.
 ``POST /v1/leases/renew`` ``{"tokens": [lease token]}``
     200 ``{"boot_id", "lost": [lease token], "usable": int, "leased": int}``: those that are not held any more; how many of the
     server's slots are not quarantined, and how many are leased.
-``POST /v1/cordon`` ``{"ttl": seconds, "release": [lease token]}``
+``POST /v1/cordon`` ``{"owner": str, "ttl": seconds, "release": [lease token]}``
     Give leases back, and if no other is held, grant none for that time, so that the server can be ended without anybody's
-    loss. 200 ``{"cordoned": bool}``. With a ``ttl`` of 0 leases are granted again.
+    loss. 200 ``{"cordoned": bool}``. With a ``ttl`` of 0 leases are granted again, unless another owner has asked for the same.
 ``POST /v1/slots/SLOT/execute`` ``{"execution_id", "tool", "args": {}, "timeout": seconds, "wait": seconds}``
     Run a tool, once for each ``execution_id`` in a lease however often it is asked for: a repetition joins it or gets the
     kept result. 200 a result (see :class:`Result`); 202 ``{"running": true}`` after ``wait`` seconds: ask again;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +13,8 @@ from conftest import PACKAGE, wait_until
 from fake_nomad import FakeNomad
 
 from slotpool import SlotPool, SlotPoolError
-from slotpool.errors import NomadDenied, NomadError
+from slotpool.errors import NomadError
+from slotpool.sandbox.transport import _connector
 
 
 @pytest.fixture
@@ -87,7 +90,7 @@ def test_stale_answers_do_no_harm(fake: FakeNomad) -> None:
         fake.heal()
         for s in held[1:]:
             s.release()
-        assert wait_until(lambda: len(fake.allocations("job")) >= 1)
+        assert wait_until(lambda: [one["DesiredStatus"] for one in fake.allocations("job")].count("run") == 1, 30)
         assert held[0].bash("echo well").stdout == "well\n"
 
 
@@ -100,14 +103,47 @@ def test_an_answer_lost_on_the_way_submits_no_second_job(fake: FakeNomad) -> Non
         assert pool.total_slots == 1
 
 
-def test_a_refused_replacement_is_told_and_the_container_used_again(fake: FakeNomad) -> None:
+def test_a_container_that_may_not_be_replaced_is_used_again_when_it_answers(fake: FakeNomad) -> None:
     fake.deny("alloc-lifecycle")
-    with SlotPool(**settings(fake)) as pool:
+    with SlotPool(**settings(fake, lease_ttl=1.0)) as pool:
+        s = pool.acquire()
+        pid = fake.pid_of(s.alloc_id)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert wait_until(lambda: pool.total_slots == 0, 30)
+        finally:
+            os.kill(pid, signal.SIGCONT)
         assert works(pool)
-    fake.heal()
-    fake.deny("submit-job")
-    with pytest.raises(NomadDenied, match="submit-job"), SlotPool(**settings(fake, job_id="another")):
-        pass
+        assert fake.pid_of(s.alloc_id) == pid
+
+
+def test_a_container_with_anothers_lease_is_not_replaced_by_who_can_not_reach_it(fake: FakeNomad) -> None:
+    """As when this pool's own network is what has failed."""
+    shared = settings(fake, slots_per_container=2, lease_ttl=1.0)
+    with SlotPool(**shared) as one, SlotPool(**shared) as two:
+        theirs = two.acquire()
+        mine = one.acquire()
+        container = mine._tenure.container
+        assert wait_until(lambda: container.leased_by_others == 1)
+        container.client._http._connect = _connector("http://127.0.0.1:9")  # where nobody listens
+        while container.client._http._idle:
+            container.client._http._idle.pop().close()
+        assert wait_until(lambda: one.get_stats()["containers_lost"] == 1, 30)
+        assert theirs.bash("echo well").stdout == "well\n"
+        assert works(one)  # it was found again
+        assert theirs.bash("echo well").stdout == "well\n"
+
+
+def test_pools_with_different_bounds_do_not_undo_each_others_scaling(fake: FakeNomad) -> None:
+    more = {"max_containers": 3, "scale_down_after": 60.0}
+    with SlotPool(**settings(fake, **more)), SlotPool(**settings(fake, **more, min_containers=3)) as large:
+        assert large.total_slots == 3
+        del fake.requests[:]
+        looks = threading.Event()
+        large._health.call(2.0, looks.set)
+        assert looks.wait(60)
+        assert [one for one in fake.requests if one.path.endswith("/scale")] == []
+        assert large.get_stats()["containers_lost"] == 0
 
 
 def test_a_thousand_allocations(fake: FakeNomad) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -277,3 +278,11 @@ def test_a_scaling_that_fails_is_told_and_tried_again(monkeypatch: pytest.Monkey
 
 def _no_more_processes(fleet: LocalFleet, wanted: int) -> None:
     raise BlockingIOError("no process to be had")
+
+
+def test_a_pool_that_is_dropped_without_being_stopped_ends_its_servers() -> None:
+    pool = SlotPool(slots_per_container=1, health_check_interval=0.1).start()
+    assert servers()
+    del pool
+    gc.collect()
+    assert wait_until(lambda: not servers(), 20)

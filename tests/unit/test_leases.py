@@ -244,3 +244,18 @@ class LeasesAgainstModel(RuleBasedStateMachine):
 
 LeasesAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, database=None)
 TestLeasesAgainstModel = LeasesAgainstModel.TestCase
+
+
+def test_a_cordoned_table_grants_nothing_until_everybody_who_closed_it_has_opened_it_again() -> None:
+    table = LeaseTable(["slot_0"])
+    table.ready("slot_0")
+    assert table.cordon("a", 100, 0)
+    assert table.cordon("b", 50, 0)
+    assert table.take("c", 1, 10, 1) == []
+    assert table.cordon("a", 2, 2)
+    assert table.take("c", 1, 10, 3) == []
+    (lease,) = table.take("c", 1, 10, 50)
+    assert not table.cordon("a", 100, 51)
+    assert table.leased() == 1
+    table.release([lease.token])
+    assert table.cordon("a", 100, 52)

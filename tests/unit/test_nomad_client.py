@@ -226,3 +226,18 @@ def test_over_a_unix_socket(tmp_path: Path) -> None:
             thread.join()
     with pytest.raises(NomadUnreachable):
         NomadClient(Connection.of({"address": f"unix://{tmp_path}/nobody"}, environ={})).leader()
+
+
+@responses.activate
+def test_a_redirect_is_not_followed_with_the_token() -> None:
+    responses.get(f"{URL}/v1/job/j", status=307, headers={"Location": "http://elsewhere.test/"})
+    with pytest.raises(NomadError, match=r"redirect to http://elsewhere\.test/"):
+        client(token="secret").job("j")
+    assert len(responses.calls) == 1
+
+
+@pytest.mark.parametrize("token", ["secret\n", "s\u00e9cret", "se cret"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Connection.of({}, {"NOMAD_TOKEN": token})
+    assert "cret" not in str(refused.value)

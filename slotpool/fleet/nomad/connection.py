@@ -53,6 +53,8 @@ class Connection:
         if "skip_verify" not in values and environ.get("NOMAD_SKIP_VERIFY"):
             values["skip_verify"] = environ["NOMAD_SKIP_VERIFY"].lower() in ("1", "t", "true")  # as Go parses it
         connection = cls(**values)
+        if connection.token is not None and not all("!" <= c <= "~" for c in connection.token):
+            raise ConfigError("nomad_token", "printable ASCII characters without spaces", "something else (not shown)")
         for name in ("cacert", "capath", "client_cert", "client_key"):
             path = getattr(connection, name)
             if path is not None and not os.access(path, os.R_OK):
@@ -121,8 +123,16 @@ class _NamedAdapter(HTTPAdapter):
         if self._server_name:
             kwargs.update(server_hostname=self._server_name, assert_hostname=self._server_name)
         super().init_poolmanager(*args, **kwargs)
+        self._note(self.poolmanager)
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        self._note(manager)
+        return manager
+
+    def _note(self, manager: Any) -> None:
         pools: dict[str, Any] = {"http": urllib3.HTTPConnectionPool, "https": urllib3.HTTPSConnectionPool}
-        self.poolmanager.pool_classes_by_scheme = {
+        manager.pool_classes_by_scheme = {
             scheme: type(pool.__name__, (pool,), {"ConnectionCls": _noting(pool.ConnectionCls, self._sockets)})
             for scheme, pool in pools.items()
         }

@@ -58,6 +58,7 @@ class NomadFleet:
         self._known_failed: frozenset[str] = frozenset()  # allocations that had failed before this pool came
         self._deployed = False  # by this fleet
         self._attached = False  # the job stands; nothing is changed before
+        self._stopping = False  # nor after
 
     # Start and stop
 
@@ -66,7 +67,7 @@ class NomadFleet:
         self._notify = on_change
         self._client.leader()
         if config.purge_job_on_start:
-            self._client.stop(config.job_id, purge=True)
+            self._purge()
         before, _ = self._client.allocations(config.job_id)
         self._known_failed = frozenset(one.id for one in before if not one.may_answer)
         self._attach(wanted)
@@ -158,19 +159,32 @@ class NomadFleet:
 
     def stop(self, purge: bool) -> None:
         """Leave the job to others, and to the next pool; unless it is to be purged, or never came up."""
+        self._stopping = True
         for watch in self._watches:
             watch.stop()
         for watch in self._watches:
             watch.join(self._client.interrupt)
         failed = self._deployed and self.failure() is not None and not self.members()
         try:
-            if purge or failed:
-                self._client.stop(self._config.job_id, purge=purge)
-            if purge:
-                self._client.delete_variable(token_path(self._config.job_id))
+            with self._changing:  # after what has begun
+                if purge:
+                    self._purge()
+                elif failed:
+                    self._client.stop(self._config.job_id)
         finally:
             self._deployed = False
             self._client.close()
+
+    def _purge(self) -> None:
+        """Remove the job with its containers, and the token."""
+        job = self._client.job(self._config.job_id)
+        if job is not None and job.count(GROUP) is None:
+            raise JobDiffers(f"job {self._config.job_id} has no group {GROUP!r}, so it is not slotpool's, and is not purged")
+        try:
+            # First, as who makes the job anew meanwhile makes a new token for it.
+            self._client.delete_variable(token_path(self._config.job_id))
+        finally:
+            self._client.stop(self._config.job_id, purge=True)
 
     # What is there
 
@@ -223,7 +237,7 @@ class NomadFleet:
         if not self._attached or wanted <= self.size():
             return
         with self._changing:
-            for _ in range(_TRIES):
+            for _ in range(0 if self._stopping else _TRIES):
                 job = self._client.job(self._config.job_id)
                 count = job.count(GROUP) if job is not None and not job.stopped else None
                 try:
@@ -238,8 +252,10 @@ class NomadFleet:
                 self._set_count(max(wanted, count or 0))
                 return
 
-    def shrink(self, wanted: int, closed: Collection[str]) -> bool:
+    def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         with self._changing:
+            if self._stopping:
+                return False
             job = self._client.job(self._config.job_id)
             count = job.count(GROUP) if job is not None and not job.stopped else None
             if job is None or count is None:
@@ -248,13 +264,15 @@ class NomadFleet:
                 now, _ = self._client.allocations(self._config.job_id)
                 if any(one.index >= wanted and one.id not in closed and self._may_be_used(one) for one in now):
                     return False
+                if time.monotonic() > before:
+                    return False
                 try:
                     self._scale(job, wanted)
                 except NomadError as e:
                     if _CONFLICT not in e.message.lower():
                         raise
                     return False
-            self._set_count(wanted)
+            self._set_count(min(count, wanted))
             return True
 
     def _may_be_used(self, allocation: Allocation) -> bool:
@@ -289,7 +307,8 @@ class NomadFleet:
             unknown = [one.id for one in found if one.may_answer and one.id not in self._addresses]
             silent = [one for one in found if one.id not in self._known_failed and one.id not in self._said]
         addresses = self._ask_addresses(unknown)
-        said = {one.id: self._last_words(one.id) for one in silent[-1:] if diagnosis.has_given_up(one)}
+        given_up = [one.id for one in silent if diagnosis.has_given_up(one)]
+        said = {id_: self._last_words(id_) for id_ in given_up[-1:]}
         with self._lock:
             self._allocations = {one.id: one for one in found}
             self._seen = {one.id: self._seen.get(one.id, time.monotonic()) for one in found}

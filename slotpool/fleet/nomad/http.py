@@ -114,6 +114,7 @@ class NomadHTTP:
                     json=body,
                     timeout=(_CONNECT_TIMEOUT, timeout),
                     verify=self.connection.verify,
+                    allow_redirects=False,  # the token is for this address
                 )
             except requests.ConnectionError as e:
                 failure = self._unreachable(e)
@@ -126,7 +127,7 @@ class NomadHTTP:
                     method == "GET" and isinstance(e, requests.exceptions.ChunkedEncodingError),
                 )
             else:
-                if response.status_code < 400 or response.status_code == 404:
+                if response.status_code < 300 or response.status_code == 404:
                     return response
                 failure = self._error(method, path, needs, response)
                 again = response.status_code in (500, 429) and any(words in response.text for words in _NO_LEADER)
@@ -144,6 +145,10 @@ class NomadHTTP:
     def _error(self, method: str, path: str, needs: str, response: requests.Response) -> NomadError:
         text = response.text.strip()[:1000] or response.reason
         status = response.status_code
+        if response.is_redirect:
+            text = (
+                f"a redirect to {response.headers['Location'][:200]}, which is not followed; set NOMAD_ADDR to where it leads"
+            )
         if status in (401, 403):
             who = "the token given" if self.connection.token else "no token was given, so the anonymous policy counts:"
             return NomadDenied(
