@@ -17,6 +17,7 @@ from .supply import Supply
 log = logging.getLogger(__name__)
 
 CORDON = 120.0  # seconds for which a container that is to be ended grants no leases
+_SETTLING = 3.0  # after which one that was closed is still there because somebody has asked for more again
 _ENOUGH = 60.0  # of these, in which the fleet must have been told to end it; the rest is for its answer
 
 
@@ -93,6 +94,7 @@ class Resizer:
     def decide_shrink(self) -> None:
         """End containers that have not been needed for a while, from the highest; never one with a slot in use."""
         size, now = self._fleet.size(), time.monotonic()
+        self._reopen_kept(size, now)
         wanted = self._scaler.wanted(self._demand(), size, now)
         if not self._scales or self._busy or now < self._not_before or size <= wanted:
             return
@@ -143,7 +145,15 @@ class Resizer:
             self._busy = False
             self._supply.refill()
 
+    def _reopen_kept(self, size: int, now: float) -> None:
+        """Use containers again that were to be ended, and are wanted after all. The lock is held."""
+        for container in self._supply.containers.values() if not self._busy else ():
+            if container.cordoned and container.member.index < size and now > container.closed_until - CORDON + _SETTLING:
+                container.closed_until = 0.0
+                self._background.submit(self._reopen, container)
+
     def _reopen(self, container: Container) -> None:
+        """Without the lock."""
         try:
             container.client.cordon(self._supply.owner, 0)
         except SlotPoolError as e:

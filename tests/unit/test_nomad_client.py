@@ -93,8 +93,8 @@ def test_a_read_is_repeated_until_there_is_a_leader() -> None:
 @responses.activate
 def test_a_write_is_repeated_only_if_it_had_no_effect() -> None:
     responses.post(f"{URL}/v1/jobs", body="No cluster leader", status=500)
-    responses.post(f"{URL}/v1/jobs", json={"EvalID": "e"})
-    assert client().submit({"ID": "j"}) == "e"
+    responses.post(f"{URL}/v1/jobs", json={"JobModifyIndex": 7})
+    assert client().submit({"ID": "j"}) == 7
     responses.reset()
     responses.post(f"{URL}/v1/jobs", body=requests.ConnectionError("cut in the middle"))
     with pytest.raises(NomadUnreachable):

@@ -54,15 +54,15 @@ class NomadClient:
         told, index = self._http.get(_job(job_id), _READ, index=index, wait=wait)
         return (Job.parse(told) if told else None), index
 
-    def submit(self, body: Mapping[str, Any], *, if_unchanged_since: int | None = None) -> str:
-        """``POST /v1/jobs``: register or update a job; the evaluation's id. Repeating it does no harm.
+    def submit(self, body: Mapping[str, Any], *, if_unchanged_since: int | None = None) -> int:
+        """``POST /v1/jobs``: register or update a job; its new ``modify_index``. Repeating it does no harm.
 
         :param if_unchanged_since: only if the job has this ``modify_index``; 0: only if there is none.
         """
         request: dict[str, Any] = {"Job": body}
         if if_unchanged_since is not None:
             request.update(EnforceIndex=True, JobModifyIndex=if_unchanged_since)
-        return str(self._http.write("POST", "/v1/jobs", _SUBMIT, request).get("EvalID", ""))
+        return int(self._http.write("POST", "/v1/jobs", _SUBMIT, request).get("JobModifyIndex", 0))
 
     def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """``POST /v1/job/ID/plan``: what :meth:`submit` would change (``Diff``) and fail to place. Changes nothing."""
@@ -77,13 +77,14 @@ class NomadClient:
             if e.status != 404:
                 raise
 
-    def scale(self, job_id: str, group: str, count: int, message: str, *, if_unchanged_since: int = 0) -> None:
-        """``POST /v1/job/ID/scale``. Repeatable.
+    def scale(self, job_id: str, group: str, count: int, message: str, *, if_unchanged_since: int = 0) -> int:
+        """``POST /v1/job/ID/scale``; the job's new ``modify_index``. Repeatable.
 
         :param if_unchanged_since: only if the job has this ``modify_index``; 0: in any case.
         """
         body = {"Count": count, "Target": {"Group": group}, "Message": message, "JobModifyIndex": if_unchanged_since}
-        self._http.write("POST", _job(job_id, "/scale"), "the namespace capability scale-job", body)
+        told = self._http.write("POST", _job(job_id, "/scale"), "the namespace capability scale-job", body)
+        return int(told.get("JobModifyIndex", 0))
 
     # Allocations
 

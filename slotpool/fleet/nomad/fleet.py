@@ -48,6 +48,7 @@ class NomadFleet:
         self._changing = threading.Lock()  # lets one change of the job be made at a time
         self._lock = threading.Lock()  # guards the fields below
         self._count = 0
+        self._count_index = 0  # the job's modify_index with which it was told
         self._allocations: dict[str, Allocation] = {}
         self._evaluations: Sequence[Evaluation] = ()
         self._members: Sequence[Member] = ()
@@ -102,8 +103,8 @@ class NomadFleet:
             self._token = self._shared_token(create=True)
             self._ensure_image()
             self._deployed = True  # or perhaps, if there is no answer
-            self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=job.modify_index if job else 0)
-            self._set_count(wanted)
+            since = job.modify_index if job is not None else 0
+            self._set_count(wanted, self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=since))
             return
         if count is None:
             raise JobDiffers(f"job {config.job_id} has no group {GROUP!r}, so it is not slotpool's; choose another job_id")
@@ -121,12 +122,12 @@ class NomadFleet:
                 )
             if different:
                 self._ensure_image()
-                self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=job.modify_index)
-                self._set_count(wanted)
+                index = self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=job.modify_index)
+                self._set_count(wanted, index)
                 return
+        self._set_count(count, job.modify_index)
         if wanted > count:
             self._scale(job, wanted)
-        self._set_count(wanted)
 
     def _ensure_image(self) -> None:
         if self._config.driver == "docker":
@@ -227,9 +228,11 @@ class NomadFleet:
         troubles = [str(watch.trouble) for watch in self._watches if watch.trouble is not None]
         return "\n".join([told, *troubles[:1]])
 
-    def _set_count(self, count: int) -> None:
+    def _set_count(self, count: int, index: int) -> None:
+        """Unless it is already known what came after that."""
         with self._lock:
-            self._count = count
+            if index >= self._count_index:
+                self._count, self._count_index = count, index
 
     # Changing it
 
@@ -243,36 +246,36 @@ class NomadFleet:
                 try:
                     if job is None or count is None:
                         self._bring_up(job, wanted)
-                    elif count < wanted:
-                        self._scale(job, wanted)
+                    else:
+                        self._set_count(count, job.modify_index)
+                        if count < wanted:
+                            self._scale(job, wanted)
                 except NomadError as e:
                     if _CONFLICT not in e.message.lower():
                         raise
                     continue
-                self._set_count(max(wanted, count or 0))
                 return
 
     def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         with self._changing:
-            if self._stopping:
-                return False
             job = self._client.job(self._config.job_id)
             count = job.count(GROUP) if job is not None and not job.stopped else None
-            if job is None or count is None:
+            if self._stopping or job is None or count is None:
                 return False
-            if count > wanted:
-                now, _ = self._client.allocations(self._config.job_id)
-                if any(one.index >= wanted and one.id not in closed and self._may_be_used(one) for one in now):
-                    return False
-                if time.monotonic() > before:
-                    return False
-                try:
-                    self._scale(job, wanted)
-                except NomadError as e:
-                    if _CONFLICT not in e.message.lower():
-                        raise
-                    return False
-            self._set_count(min(count, wanted))
+            self._set_count(count, job.modify_index)
+            if count <= wanted:
+                return True
+            now, _ = self._client.allocations(self._config.job_id)
+            if any(one.index >= wanted and one.id not in closed and self._may_be_used(one) for one in now):
+                return False
+            if time.monotonic() > before:
+                return False
+            try:
+                self._scale(job, wanted)
+            except NomadError as e:
+                if _CONFLICT not in e.message.lower():
+                    raise
+                return False
             return True
 
     def _may_be_used(self, allocation: Allocation) -> bool:
@@ -283,9 +286,9 @@ class NomadFleet:
 
     def _scale(self, job: Job, count: int) -> None:
         """Unless the job has changed since it was read."""
-        self._client.scale(
-            self._config.job_id, GROUP, count, f"slotpool needs {count} container(s)", if_unchanged_since=job.modify_index
-        )
+        message = f"slotpool needs {count} container(s)"
+        index = self._client.scale(self._config.job_id, GROUP, count, message, if_unchanged_since=job.modify_index)
+        self._set_count(count, index)
 
     def replace(self, member: Member) -> None:
         with self._lock:
@@ -337,8 +340,10 @@ class NomadFleet:
 
     def _watch_job(self, index: int, wait: float) -> int:
         job, index = self._client.watch_job(self._config.job_id, index, wait)
-        count = job.count(GROUP) if job is not None and not job.stopped else 0
-        self._set_count(count or 0)
+        if job is None:
+            self._set_count(0, index)
+        else:
+            self._set_count(0 if job.stopped else job.count(GROUP) or 0, job.modify_index)
         self._notify()
         return index
 
