@@ -39,7 +39,8 @@ class Resizer:
         # Guarded by the supply's lock:
         self._scaler = Scaler(config.min_containers, config.max_containers, config.scale_down_after)
         self._busy = False  # the fleet is being grown or shrunk
-        self._not_before = 0.0  # after a failure
+        self._no_growth_before = 0.0  # after a failure
+        self._no_shrinking_before = 0.0
 
     def _demand(self) -> Demand:
         containers = [container for container in self._supply.containers.values() if not container.cordoned]
@@ -50,7 +51,7 @@ class Resizer:
 
     def decide_grow(self) -> None:
         """Scale up, if demand wants it."""
-        if not self._scales or self._busy or time.monotonic() < self._not_before:
+        if not self._scales or self._busy or time.monotonic() < self._no_growth_before:
             return
         if self._scaler.needed(self._demand()) > self._fleet.size():
             self._supply.counters.scale_ups += 1
@@ -67,7 +68,7 @@ class Resizer:
         while True:
             with self._supply.lock:
                 wanted = self._scaler.needed(self._demand())
-                if time.monotonic() < self._not_before:
+                if time.monotonic() < self._no_growth_before:
                     wanted = min(wanted, self._fleet.size())
             failure: Exception | None = None
             try:
@@ -77,26 +78,26 @@ class Resizer:
                 log.warning("scaling to %d containers failed: %s", wanted, e)
             with self._supply.lock:
                 if failure is not None:
-                    self._failed(failure)
-                elif self._scaler.needed(self._demand()) > wanted and time.monotonic() >= self._not_before:
+                    self._no_growth_before = self._failed(failure)
+                elif self._scaler.needed(self._demand()) > wanted and time.monotonic() >= self._no_growth_before:
                     self._supply.counters.scale_ups += 1
                     continue
                 self._busy = False
                 self._changed.notify_all()
                 return
 
-    def _failed(self, failure: Exception) -> None:
-        """The lock is held."""
+    def _failed(self, failure: Exception) -> float:
+        """Note it; until when not to try again. The lock is held."""
         self._supply.trouble = failure
         self._supply.counters.scale_errors += 1
-        self._not_before = time.monotonic() + self._config.scale_cooldown
+        return time.monotonic() + self._config.scale_cooldown
 
     def decide_shrink(self) -> None:
         """End containers that have not been needed for a while, from the highest; never one with a slot in use."""
         size, now = self._fleet.size(), time.monotonic()
         self._reopen_kept(size, now)
         wanted = self._scaler.wanted(self._demand(), size, now)
-        if not self._scales or self._busy or now < self._not_before or size <= wanted:
+        if not self._scales or self._busy or now < self._no_shrinking_before or size <= wanted:
             return
         surplus: list[Container] = []
         keep = wanted
@@ -120,7 +121,7 @@ class Resizer:
         failure: Exception | None = None
         try:
             for container in surplus:
-                if not self._supply.close_at_server(container, CORDON):
+                if not self._close(container):
                     break
                 closed.append(container)
             keep = max([wanted, *(container.member.index + 1 for container in surplus if container not in closed)])
@@ -137,13 +138,21 @@ class Resizer:
                 self._reopen(container)
         with self._supply.lock:
             if failure is not None:
-                self._failed(failure)
+                self._no_shrinking_before = self._failed(failure)
             self._supply.counters.scale_downs += not reopen and failure is None
             for container in surplus:
                 if reopen or container not in closed:
                     container.closed_until = 0.0
             self._busy = False
             self._supply.refill()
+
+    def _close(self, container: Container) -> bool:
+        """Without the lock."""
+        try:
+            return self._supply.close_at_server(container, CORDON)
+        except SlotPoolError as e:  # another pool may be ending it
+            log.info("%s could not be closed: %s", container.id, e)
+            return False
 
     def _reopen_kept(self, size: int, now: float) -> None:
         """Use containers again that were to be ended, and are wanted after all. The lock is held."""
