@@ -25,6 +25,7 @@ class Container:
         self.tenures: dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
         self.outbox: list[str] = []  # tokens to give back
         self.asking = 0  # leases asked for, not yet answered
+        self.hoping = 0  # the same, when it was known to have none free
         self.exchanges = 0  # requests under way that give back and take
         self.exhausted = False  # the last time, it had none for us
         self.retry_at = 0.0  # on the monotonic clock: not asked for leases before, as it has just failed
@@ -61,4 +62,4 @@ class Container:
     @property
     def room(self) -> int:
         """Leases that this pool could still ask for."""
-        return 0 if self.cordoned else self.capacity - len(self.tenures) - self.asking
+        return 0 if self.cordoned else self.capacity - len(self.tenures) - self.asking - self.hoping

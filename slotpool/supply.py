@@ -266,7 +266,9 @@ class Supply:
         with self.lock:
             release, container.outbox = container.outbox, []
             take = max(0, min(self._need(), container.room))
-            container.asking += take
+            hopes = container.exhausted
+            container.hoping += take if hopes else 0
+            container.asking += 0 if hopes else take
             hold = _HOLD if self.waiters else _SHORT_HOLD if release else 0.0
             if self._shared and not release and not container.exhausted:
                 hold = 0.0  # if others have all its slots, more containers may be needed, and not in a while
@@ -283,6 +285,8 @@ class Supply:
             with self.lock:
                 if failure is not None:
                     container.outbox = release + container.outbox  # giving back may be repeated
+                container.hoping -= take if hopes else 0
+                container.asking -= 0 if hopes else take
                 unwanted = self._exchanged(container, take, granted, failure)
                 if answer is not None and self._shared:
                     container.told(answer)
@@ -295,7 +299,6 @@ class Supply:
     def _exchanged(self, container: Container, asked: int, granted: list[Tenure], failure: SlotPoolError | None) -> list[str]:
         """Take the answer in; the tokens of leases that are of no use any more."""
         container.exchanges -= 1
-        container.asking -= asked
         if failure is not None:
             self.trouble = failure
             container.retry_at = time.monotonic() + _RETRY
