@@ -44,7 +44,7 @@ class Supply:
     def __init__(self, config: SlotPoolConfig, owner: str, background: Background) -> None:
         self._config = config
         self.owner = owner
-        self._shared = config.backend == "nomad"
+        self._shared = config.backend != "local"
         self._background = background
         # Guards every field below, those of the containers, and the scaling in Upkeep. Nothing slow is done under it.
         self.lock = threading.Lock()

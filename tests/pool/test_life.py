@@ -286,3 +286,12 @@ def test_a_pool_that_is_dropped_without_being_stopped_ends_its_servers() -> None
     del pool
     gc.collect()
     assert wait_until(lambda: not servers(), 20)
+
+
+def test_a_full_server_keeps_nobody_from_a_free_one(start_server: StartServer) -> None:
+    full, free = start_server("bwrap", slots=1), start_server("bwrap", slots=1)
+    full.lease(1)
+    with SlotPool(servers=[full.address, free.address], token=full.token, health_check_interval=0.1) as pool:
+        for _ in range(5):
+            with pool.slot(timeout=3) as s:
+                assert s.bash("echo well").stdout == "well\n"
