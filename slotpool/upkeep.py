@@ -12,7 +12,7 @@ from typing import Callable
 from .background import Background
 from .config import SlotPoolConfig
 from .container import Container
-from .errors import ContainerRefused, SlotPoolError, StartFailed
+from .errors import ContainerRefused, PlacementFailed, SlotPoolError, StartFailed
 from .fleet import Fleet, Member
 from .resizing import CORDON, Resizer
 from .sandbox.protocol import RenewAnswer
@@ -66,8 +66,9 @@ class Upkeep:
             with self._changed:
                 if len(self._supply.containers) >= needed:
                     return
-                # Under the lock, or a change after it would not end the wait below.
-                failure = self._fleet.failure() if len(self._fleet.members()) < needed else None
+                failure = self._fleet.failure()  # under the lock, or a change after it would not end the wait below
+                if isinstance(failure, PlacementFailed) and len(self._fleet.members()) >= needed:
+                    failure = None  # what lacks room is another pool's wish
                 if failure is None and not self._scales:
                     failure = self._supply.trouble
                 left = deadline - time.monotonic()
