@@ -673,11 +673,16 @@ def assert_kills_are_contained(arena: Arena) -> None:
     [
         ("kill -9 -1", 20.0),
         ("kill -STOP -1; sleep 60", 2.0),
-        ("for sig in 9 15 19; do for pid in {1..100000}; do [ $pid = $$ ] || kill -$sig $pid; done; done 2>/dev/null", 60.0),
+        (
+            "for sig in 9 15 19; do for pid in {1..20000} $(cd /proc; echo [0-9]*) $(seq $(($$ - 5000)) $(($$ + 5000))); do "
+            "[ $pid = $$ ] || kill -$sig $pid; done; done 2>/dev/null",
+            60.0,
+        ),
         (
             f"""{PYTHON} -c 'import os
-for group in range(2, 100000):
-    if group != os.getpgrp():
+seen = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+for group in [*range(2, 20000), *seen, *range(os.getpid() - 5000, os.getpid() + 5000)]:
+    if group > 1 and group != os.getpgrp():
         try:
             os.killpg(group, 9)
         except OSError:
