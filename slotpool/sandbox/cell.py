@@ -153,6 +153,13 @@ class Cell:
                 return call
             call.close()  # what the slot ran before has killed it
 
+    def drop_armed(self) -> None:
+        """Close the waiting shells, as one of them was killed and the others may have been too, unnoticed yet."""
+        with self._lock:
+            armed, self._armed = self._armed, []
+        for call in armed:
+            call.close()
+
     def _new_shell(self, stdin: bool) -> Call:
         return Call(self, {"op": "shell"}, feeds=("script", "stdin") if stdin else ("script",))
 

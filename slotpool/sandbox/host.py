@@ -277,6 +277,7 @@ class Host:
             why = f"the slot has as many processes as it may have, {self.config.max_processes}; reset it, or release it"
             raise RequestFailed("slot_broken", why, may_have_run=False)
         if job.outcome.never_began and not (job.outcome.timed_out or job.outcome.cancelled):
+            job.call.cell.drop_armed()
             why = "the waiting shell was killed by what the slot had run before"
             raise RequestFailed("slot_broken", why, may_have_run=False)
         if not job.outcome.lost:
