@@ -31,10 +31,6 @@ def alive(allocation: Allocation) -> bool:
     return allocation.status in _ALIVE
 
 
-def _wanted(allocation: Allocation) -> bool:
-    return allocation.desired == "run" and allocation.status in _REACHABLE
-
-
 @attr.s(auto_attribs=True, frozen=True)
 class ContainerReport:
     """One container.
@@ -52,7 +48,7 @@ class ContainerReport:
 
     @property
     def counted(self) -> bool:
-        return _wanted(self.allocation)
+        return self.allocation.may_answer
 
     @property
     def status(self) -> str:
@@ -217,7 +213,7 @@ def _diagnose(
     failure = diagnosis.of_allocations(allocations, image, driver, said)
     if failure is not None:
         return failure
-    placed = sum(map(_wanted, allocations))
+    placed = sum(one.may_answer for one in allocations)
     evaluations, _ = client.evaluations(job.id)
     return diagnosis.of_evaluations(evaluations, count - placed)
 

@@ -71,11 +71,8 @@ class NomadClient:
 
     def stop(self, job_id: str, *, purge: bool = False) -> None:
         """``DELETE /v1/job/ID``: end its allocations; with ``purge`` forget it. Nothing if there is none. Repeatable."""
-        try:
-            self._http.write("DELETE", _job(job_id), _SUBMIT, params={"purge": "true"} if purge else {})
-        except NomadError as e:
-            if e.status != 404:
-                raise
+        params = {"purge": "true"} if purge else {}
+        self._http.write("DELETE", _job(job_id), _SUBMIT, params=params, missing_ok=True)
 
     def scale(self, job_id: str, group: str, count: int, message: str, *, if_unchanged_since: int = 0) -> int:
         """``POST /v1/job/ID/scale``; the job's new ``modify_index``. Repeatable.
@@ -157,11 +154,7 @@ class NomadClient:
     def delete_variable(self, path: str) -> None:
         """``DELETE /v1/var/PATH``. Nothing if there is none."""
         needs = f'the variables capability destroy for "{path}"'
-        try:
-            self._http.write("DELETE", f"/v1/var/{urllib.parse.quote(path)}", needs)
-        except NomadError as e:
-            if e.status != 404:
-                raise
+        self._http.write("DELETE", f"/v1/var/{urllib.parse.quote(path)}", needs, missing_ok=True)
 
     # Nodes
 

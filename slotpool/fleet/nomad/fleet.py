@@ -16,7 +16,7 @@ from . import diagnosis, image
 from .client import NomadClient
 from .connection import Connection
 from .job import GROUP, IN_CONTAINERS, TASK, create_sandbox_job, differences, token_path
-from .types import Allocation, AllocationStatus, Evaluation, Job, address_of
+from .types import Allocation, Evaluation, Job, address_of
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class NomadFleet:
                 try:
                     self._bring_up(job, wanted)
                 except NomadError as e:
-                    if _CONFLICT not in e.message.lower():
+                    if not _is_conflict(e):
                         raise
                     continue
                 self._attached = True
@@ -216,7 +216,7 @@ class NomadFleet:
     def failure(self) -> Exception | None:
         with self._lock:
             current = [one for one in self._allocations.values() if one.id not in self._known_failed]
-            placed = sum(one.desired == "run" and one.status in _PLACED for one in self._allocations.values())
+            placed = sum(one.may_answer for one in self._allocations.values())
             evaluations, missing, said = self._evaluations, self._count - placed, dict(self._said)
         failed = diagnosis.of_allocations(current, self._config.image, self._config.driver, said)
         return failed or diagnosis.of_evaluations(evaluations, missing)
@@ -242,7 +242,7 @@ class NomadFleet:
         with self._changing:
             for _ in range(0 if self._stopping else _TRIES):
                 job = self._client.job(self._config.job_id)
-                count = job.count(GROUP) if job is not None and not job.stopped else None
+                count = job.standing_count(GROUP) if job is not None else None
                 try:
                     if job is None or count is None:
                         self._bring_up(job, wanted)
@@ -251,7 +251,7 @@ class NomadFleet:
                         if count < wanted:
                             self._scale(job, wanted)
                 except NomadError as e:
-                    if _CONFLICT not in e.message.lower():
+                    if not _is_conflict(e):
                         raise
                     continue
                 return
@@ -259,7 +259,7 @@ class NomadFleet:
     def shrink(self, wanted: int, closed: Collection[str], before: float) -> bool:
         with self._changing:
             job = self._client.job(self._config.job_id)
-            count = job.count(GROUP) if job is not None and not job.stopped else None
+            count = job.standing_count(GROUP) if job is not None else None
             if self._stopping or job is None or count is None:
                 return False
             self._set_count(count, job.modify_index)
@@ -273,7 +273,7 @@ class NomadFleet:
             try:
                 self._scale(job, wanted)
             except NomadError as e:
-                if _CONFLICT not in e.message.lower():
+                if not _is_conflict(e):
                     raise
                 return False
             return True
@@ -343,7 +343,7 @@ class NomadFleet:
         if job is None:
             self._set_count(0, index)
         else:
-            self._set_count(0 if job.stopped else job.count(GROUP) or 0, job.modify_index)
+            self._set_count(job.standing_count(GROUP) or 0, job.modify_index)
         self._notify()
         return index
 
@@ -355,7 +355,9 @@ class NomadFleet:
         return index
 
 
-_PLACED = (AllocationStatus.PENDING, AllocationStatus.RUNNING)
+def _is_conflict(e: NomadError) -> bool:
+    """Whether the job has changed since it was read, so that nothing was done."""
+    return _CONFLICT in e.message.lower()
 
 
 def connection_of(config: SlotPoolConfig) -> Connection:

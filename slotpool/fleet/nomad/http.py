@@ -73,13 +73,25 @@ class NomadHTTP:
             return None, int(response.headers.get(_INDEX, 0))
         return self._json(response), int(response.headers.get(_INDEX, 0))
 
-    def write(self, method: str, path: str, needs: str, body: object = None, params: Mapping[str, str] | None = None) -> Any:
+    def write(
+        self,
+        method: str,
+        path: str,
+        needs: str,
+        body: object = None,
+        params: Mapping[str, str] | None = None,
+        *,
+        missing_ok: bool = False,
+    ) -> Any:
         """Change something; the answer.
 
+        :param missing_ok: None if there is nothing at ``path``, instead of an error.
         :raises NomadError: ``status`` is None if it isn't known whether it was done.
         """
         response = self._ask(method, path, needs, dict(params or {}), body, _READ_TIMEOUT, _PAUSES)
         if response.status_code == 404:
+            if missing_ok:
+                return None
             raise self._error(method, path, needs, response)
         return self._json(response) if response.content else None
 

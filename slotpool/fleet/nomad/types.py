@@ -179,6 +179,10 @@ class Job:
             body=told,
         )
 
+    def standing_count(self, group: str) -> int | None:
+        """The same; None too if the job is stopped."""
+        return None if self.stopped else self.count(group)
+
     def count(self, group: str) -> int | None:
         """How many allocations of ``group`` there are to be; None if it has no such group."""
         for one in self.body.get("TaskGroups") or ():
