@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,11 +17,17 @@ from agents import Agent, why_no_docker, why_no_nomad
 from fake_nomad import FakeNomad
 
 import slotpool
-from slotpool import SlotPool
+from slotpool import Slot, SlotPool
 
 PACKAGE = str(Path(slotpool.__file__).resolve().parents[1])
 
 _serial = itertools.count()
+
+
+def acquire_at_once(pool: SlotPool, count: int) -> list[Slot]:
+    """Slots for so many callers, each in a thread."""
+    with ThreadPoolExecutor(count) as callers:
+        return list(callers.map(lambda _: pool.acquire(timeout=60), range(count)))
 
 
 class Nomad:

@@ -33,15 +33,15 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..fleet.nomad.job import token_path
-    from .report import alive, slotpools_own
+    from ..fleet.nomad.job import count_of, token_path
+    from .report import alive
 
     config = options.cluster_config(args)
     id_ = config.job_id
     with job.connected(config) as client:
         stood = client.job(id_)
         if stood is not None:
-            slotpools_own(stood)
+            count_of(stood)
             found, _ = client.allocations(id_)
             ending = sum(map(alive, found))
             if ending:

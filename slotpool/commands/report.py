@@ -11,11 +11,11 @@ import attr
 
 from ..config import SlotPoolConfig
 from ..container import Container
-from ..errors import JobDiffers, NomadDenied, NomadError, SlotPoolError
+from ..errors import NomadDenied, NomadError, SlotPoolError
 from ..fleet import Member
 from ..fleet.nomad import diagnosis
 from ..fleet.nomad.client import NomadClient
-from ..fleet.nomad.job import GROUP, PORT, TASK, token_path
+from ..fleet.nomad.job import GROUP, PORT, TASK, count_of, token_path
 from ..fleet.nomad.types import Allocation, AllocationStatus, Job, address_of
 from ..sandbox.client import SandboxClient
 
@@ -151,7 +151,7 @@ def look(client: NomadClient, config: SlotPoolConfig) -> JobReport:
             f"there is no job {config.job_id} in the namespace {namespace} of Nomad at {connection.address}; "
             "`slotpool up` deploys one"
         )
-    count = slotpools_own(job)
+    count = count_of(job)
     described = client.allocations_with_resources(job.id)
     allocations = [Allocation.parse(one) for one in described]
     addresses = {str(one["ID"]): address_of(one, PORT) for one in described}
@@ -171,17 +171,6 @@ def look(client: NomadClient, config: SlotPoolConfig) -> JobReport:
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         containers = list(threads.map(ask, sorted(listed, key=lambda one: (one.index, one.create_index))))
     return JobReport(job, connection.address, namespace, count, containers, failure, notes)
-
-
-def slotpools_own(job: Job) -> int:
-    """The number of containers that the job is to have.
-
-    :raises JobDiffers: it has no such containers.
-    """
-    count = job.count(GROUP)
-    if count is None:
-        raise JobDiffers(f"job {job.id} has no group {GROUP!r}, so it is not slotpool's; --job chooses another")
-    return count
 
 
 def _token(client: NomadClient, config: SlotPoolConfig, notes: list[str]) -> str | None:

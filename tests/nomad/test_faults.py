@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from agents import Agent, Cluster, why_no_cluster, why_no_nomad
 from conftest import PACKAGE, wait_until
-from nomads import Nomad
+from nomads import Nomad, acquire_at_once
 
 from slotpool import Slot, SlotPool
 from slotpool.errors import SlotError
@@ -169,12 +168,7 @@ def test_one_to_five_to_one_with_leases_held_throughout(real: Nomad) -> None:
         job = pool.config.job_id
         first = pool.acquire(timeout=30)
         first.bash("echo kept > file; sleep 10000 &")
-        more: list[Slot] = []
-        threads = [threading.Thread(target=lambda: more.append(pool.acquire(timeout=60))) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        more = acquire_at_once(pool, 4)
         assert real.count(job) == 5
         assert all(works(s) for s in more)
         for s in more:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import PACKAGE, wait_until
-from nomads import Nomad
+from nomads import Nomad, acquire_at_once
 
 from slotpool import AcquireTimeout, SlotPool, SlotPoolError
 from slotpool.errors import JobDiffers, SlotError
@@ -58,12 +58,7 @@ def test_the_token_is_in_no_job(nomad: Nomad) -> None:
 def test_demand_scales_up_and_lack_of_it_down(nomad: Nomad) -> None:
     with nomad.pool(max_containers=4, scale_down_after=0.5) as pool:
         job = pool.config.job_id
-        held = [pool.acquire(timeout=30)]
-        threads = [threading.Thread(target=lambda: held.append(pool.acquire(timeout=60))) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        held = [pool.acquire(timeout=30), *acquire_at_once(pool, 6)]
         assert nomad.count(job) == 4
         assert [s.bash("echo well").stdout for s in held] == ["well\n"] * 7
         lowest = nomad.running(job)[0]["ID"]

@@ -15,7 +15,7 @@ from .. import Member
 from . import diagnosis, image
 from .client import NomadClient
 from .connection import Connection
-from .job import GROUP, IN_CONTAINERS, TASK, create_sandbox_job, differences, token_path
+from .job import GROUP, IN_CONTAINERS, TASK, count_of, create_sandbox_job, differences, token_path
 from .types import Allocation, Evaluation, Job, address_of
 from .watch import Watch
 
@@ -98,7 +98,6 @@ class NomadFleet:
     def _bring_up(self, job: Job | None, wanted: int) -> None:
         """Submit, update or scale the job, unless it has changed since ``job`` was read."""
         config = self._config
-        count = job.count(GROUP) if job is not None else None
         if job is None or job.stopped:
             self._token = self._shared_token(create=True)
             self._ensure_image()
@@ -106,8 +105,7 @@ class NomadFleet:
             since = job.modify_index if job is not None else 0
             self._set_count(wanted, self._client.submit(create_sandbox_job(config, wanted), if_unchanged_since=since))
             return
-        if count is None:
-            raise JobDiffers(f"job {config.job_id} has no group {GROUP!r}, so it is not slotpool's; choose another job_id")
+        count = count_of(job)
         self._token = self._shared_token(create=False)
         wanted = max(wanted, count)
         if config.update_job is not False:
@@ -179,8 +177,8 @@ class NomadFleet:
     def _purge(self) -> None:
         """Remove the job with its containers, and the token."""
         job = self._client.job(self._config.job_id)
-        if job is not None and job.count(GROUP) is None:
-            raise JobDiffers(f"job {self._config.job_id} has no group {GROUP!r}, so it is not slotpool's, and is not purged")
+        if job is not None:
+            count_of(job)
         try:
             # First, as who makes the job anew meanwhile makes a new token for it.
             self._client.delete_variable(token_path(self._config.job_id))

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...config import SlotPoolConfig
+from ...errors import JobDiffers
+from .types import Job
 
 GROUP = "sandbox"
 TASK = "sandbox-server"
@@ -22,6 +24,17 @@ IN_CONTAINERS = ("docker", "podman")
 def token_path(job_id: str) -> str:
     """The Nomad variable with the servers' token. A job's tasks, and nobody else without a policy, may read what is there."""
     return f"nomad/jobs/{job_id}"
+
+
+def count_of(job: Job) -> int:
+    """The number of containers that the job is to have.
+
+    :raises JobDiffers: it has no such containers.
+    """
+    count = job.count(GROUP)
+    if count is None:
+        raise JobDiffers(f"job {job.id} has no group {GROUP!r}, so it is not slotpool's; choose another job_id (--job)")
+    return count
 
 
 def create_sandbox_job(config: SlotPoolConfig, count: int) -> dict[str, Any]:
