@@ -185,6 +185,8 @@ def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout
             sock.sendall(head)
             sock.sendall(body)
     except (BrokenPipeError, ConnectionResetError) as e:
+        if not _is_of_the_system(e):
+            raise
         cut = e  # a server that refuses a body may answer and close before all of it is sent
     try:
         status, content, keep = _receive_answer(sock)
