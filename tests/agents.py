@@ -403,12 +403,13 @@ tls {{
 class Agent(Process):
     """A server and a client in one process, on the loopback."""
 
-    def __init__(self, *, acl: bool = False, tls: bool = False, extra: str = "") -> None:
+    def __init__(self, *, acl: bool = False, tls: bool = False, drivers: str = "docker,exec,raw_exec", extra: str = "") -> None:
         super().__init__("agent")
         self.bootstrap_token = ""
         self.ca_file = self.client_cert = self.client_key = ""
         self._acl = acl
         self._tls = tls
+        self._drivers = drivers
         self._extra = extra
         self._ports: socket.socket | None = None
         self._silent = ""
@@ -430,7 +431,7 @@ class Agent(Process):
             dynamic = f"min_dynamic_port = {first + 10}\n  max_dynamic_port = {first + BLOCK - 1}"
             config = COMMON.format(name="agent", ip="127.0.0.1", http=first + 1, rpc=first + 2, serf=first + 3)
             config += SERVER.format(more="") + DOCKER
-            config += CLIENT.format(interface="lo", more=dynamic, drivers="docker,exec,raw_exec", denied="")
+            config += CLIENT.format(interface="lo", more=dynamic, drivers=self._drivers, denied="")
             if self._acl:
                 config += ACL
             if self._tls:

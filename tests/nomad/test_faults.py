@@ -18,11 +18,8 @@ from nomads import Nomad, acquire_at_once
 
 from slotpool import Slot, SlotPool
 from slotpool.errors import SlotError
-from slotpool.fleet.nomad import image
 
 README = (Path(__file__).resolve().parents[2] / "README.rst").read_text()
-IMAGE = "slotpool-test-nomad:local"
-BASE = "python:3.11-slim"
 
 
 def works(slot: Slot) -> bool:
@@ -35,16 +32,6 @@ def lost(slot: Slot) -> None:
         with pytest.raises(SlotError):
             slot.bash("sleep 1000", timeout=60)
     slot.release()
-
-
-@pytest.fixture(scope="module")
-def built(agent: Agent) -> Iterator[str]:
-    """The image, from this checkout."""
-    if not image.exists(BASE):
-        pytest.skip(f"there is no image {BASE} here, and none is pulled")
-    image.build(IMAGE)
-    yield IMAGE
-    subprocess.run(["docker", "image", "rm", "-f", IMAGE], check=True, capture_output=True)
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ def test_servers_on_the_node_itself() -> None:
         config = task_of(driver=driver)["Config"]
         assert (config["command"], config["args"][:3]) == (sys.executable, ["-m", "slotpool", "serve"])
         assert config["args"][config["args"].index("--port") + 1] == "${NOMAD_PORT_http}"
+    assert task_of(driver="exec")["User"] == "root"
+    assert "User" not in task_of(driver="raw_exec")
     assert task_of(driver="raw_exec", server_command=["/opt/slotpool", "serve"])["Config"]["command"] == "/opt/slotpool"
 
 
@@ -128,6 +130,7 @@ def allocation(status: str, *events: tuple[str, str], index: int = 0, created: i
     [
         ([("Driver Failure", "Failed to pull `i:local`: not found")], ImageUnavailable, "slotpool build --image i:local"),
         ([("Driver Failure", "failed to launch command")], CrashLoop, "failed to launch command"),
+        ([("Task hook failed", 'running as user "root" is disallowed')], CrashLoop, "user.denylist"),
         ([("Not Restarting", "Exceeded allowed attempts 3")], CrashLoop, "nomad alloc logs -stderr"),
         ([("Terminated", "Exit Code: 137"), ("Not Restarting", "Exceeded allowed attempts 3")], CrashLoop, "memory"),
     ],

@@ -9,6 +9,7 @@ from .job import GROUP, TASK
 from .types import Allocation, AllocationStatus, Evaluation, Placement
 
 _PULL_FAILURES = ("failed to pull", "pull access denied", "manifest unknown", "no such image", "repository does not exist")
+_USER_REFUSED = "is disallowed"  # of a task's user, by the client
 _GIVEN_UP = "exceeded allowed attempts"
 _LAST_EVENTS = 6
 _MOST_LISTED = 10
@@ -47,6 +48,9 @@ def _of_allocation(allocation: Allocation, image: str, driver: str, said: Mappin
                 else "check its name, and that the nodes may pull it"
             )
             return ImageUnavailable(f"the image {image} is not to be had for {where}: {event.message}; {hint}")
+        if _USER_REFUSED in told:
+            hint = f"choose another `driver`, or have Nomad's clients let {driver} do so by their option user.denylist"
+            return CrashLoop(f"{where} was refused by its node: {event.message}; {hint}\n{_events(allocation)}")
         if event.type == "Driver Failure":
             return CrashLoop(f"the driver {driver} could not start {where}: {event.message}\n{_events(allocation)}")
     if has_given_up(allocation):

@@ -83,6 +83,8 @@ def _task(config: SlotPoolConfig) -> dict[str, Any]:
     return {
         "Name": TASK,
         "Driver": "raw_exec" if config.driver == "apptainer" else config.driver,
+        # In that driver's chroot, of a masked /proc, bubblewrap doesn't work, and all else needs root.
+        **({"User": "root"} if config.driver == "exec" else {}),
         "Config": {**_driver_config(config), **config.task_config},
         "Env": dict(config.env),
         "Resources": {"CPU": config.cpu, "MemoryMB": config.memory},
@@ -119,7 +121,18 @@ def _driver_config(config: SlotPoolConfig) -> dict[str, Any]:
         binds = [option for volume in ("${NOMAD_SECRETS_DIR}", *config.volumes) for option in ("--bind", volume)]
         return {
             "command": "apptainer",
-            "args": ["exec", "--contain", "--cleanenv", "--writable-tmpfs", *binds, config.image, *command, *arguments],
+            # Else /tmp, where the workspaces are, would be a tmpfs of 64 MiB.
+            "args": [
+                "exec",
+                "--containall",
+                "--writable-tmpfs",
+                "--workdir",
+                "${NOMAD_TASK_DIR}",
+                *binds,
+                config.image,
+                *command,
+                *arguments,
+            ],
         }
     command = config.server_command or (sys.executable, "-m", "slotpool", "serve")
     return {
