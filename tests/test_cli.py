@@ -43,9 +43,22 @@ def test_exec_tells_what_went_wrong() -> None:
     assert slotpool("nonsense").returncode == 2
 
 
-def test_serve_serves_a_pool_until_interrupted() -> None:
+@pytest.mark.parametrize("opened", ["", "3</dev/null", "3</dev/null 4</dev/null"])
+def test_serve_serves_a_pool_until_interrupted(opened: str) -> None:
     env = {**os.environ, "PYTHONPATH": PACKAGE, "SLOTPOOL_TOKEN": "a-token"}
-    command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--slots", "2"]
+    command = [
+        "bash",
+        "-c",
+        f'exec "$0" "$@" {opened}',
+        sys.executable,
+        "-m",
+        "slotpool",
+        "serve",
+        "--port",
+        "0",
+        "--slots",
+        "2",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd="/")
     assert server.stdout is not None
     address = server.stdout.readline().decode().strip()

@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Callable
 
-from . import confine, linux, trees, zygote
+from . import confine, killing, linux, trees, zygote
 from .confine import Order
 from .poller import Poller
 
@@ -213,9 +213,9 @@ class PlainSandbox(Sandbox):
     def kill(self) -> None:
         # What a dead zygote left behind has become the nursery's; living ones keep theirs to themselves. It is looked for here,
         # and not in the helper, which would take another sandbox's helper for one.
-        strays = [pid for pid in zygote.children(os.getpid()) if pid not in self.nursery.exited]
+        strays = [pid for pid in killing.children(os.getpid()) if pid not in self.nursery.exited]
         roots = strays + ([self._zygote] if self._zygote is not None else [])
-        self.help_to_kill(lambda: all(zygote.kill_tree(root) for root in roots))
+        self.help_to_kill(lambda: all(killing.kill_tree(root) for root in roots))
 
 
 class UserSandbox(Sandbox):
@@ -353,7 +353,7 @@ def _keep_to_ourselves(control: int) -> int:
                 control = moved if fd == control else control
         except OSError:  # the descriptor of the listing itself
             pass
-    os.dup2(null, 3, inheritable=False)
     if null != 3:
+        os.dup2(null, 3, inheritable=False)
         os.close(null)
     return control

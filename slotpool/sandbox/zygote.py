@@ -27,16 +27,12 @@ import errno
 import gc
 import json
 import os
-import select
 import signal
 import socket
-import stat
 import struct
-import time
-from collections.abc import Iterator
 from typing import Any, Callable, NoReturn
 
-from . import confine, linux
+from . import confine, files, killing, linux
 from .poller import Poller
 
 # Runs in a shell that is started before its command is known. Descriptor 3 is a pipe; its text is sourced, sets the
@@ -50,8 +46,9 @@ STATUS = struct.Struct("!i")
 NOT_STARTED = -1  # in place of a wait status: the slot can start no more processes
 READY = b"ready"
 ERROR = b"error "
-_CHUNK = 1 << 20
-KILL_LIMIT = 1.0  # seconds
+_NO_SUCH_SHELL = 127 << 8  # as a wait status
+# What Python ignores, and programs expect not to be.
+_DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]) -> NoReturn:
@@ -94,10 +91,11 @@ def send_error(control: socket.socket, why: str) -> None:
 
 
 class _Call:
-    """A running call: its process and its socket."""
+    """A running call: its process, the mark of all that it starts, and its socket."""
 
-    def __init__(self, pid: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, mark: int, sock: socket.socket) -> None:
         self.pid = pid
+        self.mark = mark
         self.sock = sock
 
 
@@ -109,6 +107,7 @@ class Zygote:
         self._env = env
         self._calls: dict[int, _Call] = {}  # by process id
         self._poller = Poller()
+        self._marks = killing.Marks()
         # A descriptor, as a signal's handler costs more than all else that is done here.
         self._child_ended = linux.child_signals()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -129,28 +128,43 @@ class Zygote:
         order: dict[str, Any] = json.loads(message)
         named = dict(zip(order["fds"], fds))
         sock = socket.socket(fileno=named.pop("call"))
-        pid = self._fork()
-        if pid == 0:
-            self._become(order, named)
+        mark = self._marks.put_on()
+        try:
+            pid = self._with_patience(self._start_shell if order["op"] == "shell" else self._fork_tool, order, named)
+        except OSError as e:
+            _tell(sock, self._refused(e, named["stderr"]))
+        else:
+            call = self._calls[pid] = _Call(pid, mark, sock)
+            self._poller.watch(sock.fileno(), lambda: self._kill(call))
         for fd in named.values():
             os.close(fd)
-        if pid is None:
-            sock.send(STATUS.pack(NOT_STARTED), socket.MSG_NOSIGNAL)
-            sock.close()
-            return
-        call = self._calls[pid] = _Call(pid, sock)
-        self._poller.watch(call.sock.fileno(), lambda: self._kill(call))
 
-    def _fork(self) -> int | None:
-        """As ``os.fork``; None if the slot has as many processes as it may have."""
+    def _with_patience(self, start: Callable[..., int], *args: Any) -> int:
         try:
-            return os.fork()
+            return start(*args)
         except OSError:
             self._collect()  # the dead ones count until then
-        try:
-            return os.fork()
-        except OSError:
-            return None
+        return start(*args)
+
+    def _start_shell(self, order: dict[str, Any], fds: dict[str, int]) -> int:
+        """Not by a fork, which costs half a millisecond: this process is copied, and what both use after that is."""
+        given = (fds.get("stdin", self._null), fds["stdout"], fds["stderr"], fds["script"])
+        return os.posix_spawn(
+            SHELL,
+            ["bash", "-c", BOOTSTRAP],
+            self._env,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(given)],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=_DEFAULTED,
+        )
+
+    def _refused(self, e: OSError, stderr: int) -> int:
+        """What to report of a process that could not be started."""
+        if e.errno in (errno.EAGAIN, errno.ENOMEM):
+            return NOT_STARTED
+        os.write(stderr, f"slotpool: {SHELL}: {e.strerror}\n".encode())
+        return _NO_SUCH_SHELL
 
     def _reap(self) -> None:
         try:
@@ -173,119 +187,45 @@ class Zygote:
                 self._ended(call, status)
 
     def _ended(self, call: _Call, status: int) -> None:
-        try:
-            call.sock.send(STATUS.pack(status), socket.MSG_NOSIGNAL)
-        except OSError:  # the server has given this call up
-            pass
         del self._calls[call.pid]
         self._poller.unwatch(call.sock.fileno())
-        call.sock.close()
+        _tell(call.sock, status)
 
     def _kill(self, call: _Call) -> None:
-        if not kill_tree(call.pid):
+        if not killing.kill_marked(call.mark):
             os._exit(1)  # the server replaces the whole sandbox
-        _, status = os.waitpid(call.pid, 0)
-        self._ended(call, status)
-        self._collect()  # what was orphaned by the killing
+        self._collect()
+
+    def _fork_tool(self, order: dict[str, Any], fds: dict[str, int]) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._become(order, fds)
+        return pid
 
     def _become(self, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         try:
-            linux.set_child_subreaper()  # what daemonises stays below this process, where a time-out finds it
             os.setsid()
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            for signum in _DEFAULTED:
+                signal.signal(signum, signal.SIG_DFL)
             os.dup2(fds.get("stdin", self._null), 0)
             os.dup2(fds["stdout"], 1)
             os.dup2(fds["stderr"], 2)
-            if order["op"] == "shell":
-                os.dup2(fds["script"], 3)
-                os.execve(SHELL, ["bash", "-c", BOOTSTRAP], self._env)
-            elif order["op"] == "read":
-                _report(_read_file, order["path"], order["limit"])
+            if order["op"] == "read":
+                _report(files.read_file, order["path"], order["limit"])
             else:
-                _report(_write_file, order["path"], order["size"])
+                _report(files.write_file, order["path"], order["size"])
         finally:
             os._exit(127)
 
 
-def kill_tree(root: int) -> bool:
-    """Kill ``root``, a child subreaper, and all its descendants; False if that took over ``KILL_LIMIT``.
-
-    The tree is stopped first, so that nothing in it can fork or lose its parent meanwhile; ``root`` is killed last, as it
-    collects the orphans. ``root`` is left to be waited for.
-    """
-    deadline = time.monotonic() + KILL_LIMIT
-    _signal(root, signal.SIGSTOP)
-    while time.monotonic() < deadline:
-        stopped: set[int] = set()
-        while time.monotonic() < deadline:
-            running = [pid for pid in _descendants(root) if pid not in stopped]
-            if not running:
-                break
-            for pid in running:
-                _signal(pid, signal.SIGSTOP)
-            stopped.update(running)
-        if not stopped:
-            _signal(root, signal.SIGKILL)
-            return True
-        for pid in stopped:
-            _signal(pid, signal.SIGKILL)
-        _wait_for_deaths(stopped, deadline)
-    return False
-
-
-def _wait_for_deaths(pids: set[int], deadline: float) -> None:
-    for pid in pids:
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:  # gone already
-            continue
-        try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        finally:
-            os.close(fd)
-
-
-def _signal(pid: int, signum: int) -> None:
+def _tell(sock: socket.socket, status: int) -> None:
+    """End a call."""
     try:
-        os.kill(pid, signum)
-    except (ProcessLookupError, PermissionError):
+        sock.send(STATUS.pack(status), socket.MSG_NOSIGNAL)
+    except OSError:  # the server has given it up
         pass
-
-
-def children(parent: int) -> list[int]:
-    """The processes whose parent is ``parent``."""
-    return [pid for pid, above in _living() if above == parent]
-
-
-def _descendants(root: int) -> list[int]:
-    below: dict[int, list[int]] = {}
-    for pid, parent in _living():
-        below.setdefault(parent, []).append(pid)
-    found = []
-    pending = [root]
-    while pending:
-        direct = below.get(pending.pop(), [])
-        found.extend(direct)
-        pending.extend(direct)
-    return found
-
-
-def _living() -> Iterator[tuple[int, int]]:
-    """Each process that isn't a zombie, with its parent, as far as /proc shows them."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as f:
-                fields = f.read().rpartition(b")")[2].split()  # the command's name before it may hold anything
-        except OSError:
-            continue
-        if fields[0] not in (b"Z", b"X"):
-            yield int(name), int(fields[1])
+    sock.close()
 
 
 def _report(act: Any, *args: Any) -> NoReturn:
@@ -295,70 +235,3 @@ def _report(act: Any, *args: Any) -> NoReturn:
         os.write(2, json.dumps([e.errno or errno.EIO, e.strerror or str(e)]).encode())
         os._exit(1)
     os._exit(0)
-
-
-def _require_regular(fd: int) -> os.stat_result:
-    info = os.fstat(fd)
-    if stat.S_ISDIR(info.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
-    return info
-
-
-def _read_file(path: str, limit: int) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    size = _require_regular(fd).st_size
-    if size > limit:
-        raise OSError(errno.EFBIG, f"{size} bytes, and the limit is {limit}")
-    while True:
-        chunk = os.read(fd, _CHUNK)
-        if not chunk:
-            return
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(1, view) :]
-
-
-def _write_file(path: str, size: int) -> None:
-    target = os.path.realpath(path)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    mode = 0o666 & ~_umask()
-    try:
-        info = os.stat(target)
-    except FileNotFoundError:
-        pass
-    else:
-        if stat.S_ISDIR(info.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        mode = stat.S_IMODE(info.st_mode)
-    # Beside the target and renamed when whole: a full disk or a broken connection loses nothing.
-    partial = os.path.join(os.path.dirname(target), f".slotpool-{os.urandom(8).hex()}")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        _copy_exactly(0, fd, size)
-        os.fchmod(fd, mode)
-        os.rename(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def _copy_exactly(source: int, target: int, size: int) -> None:
-    left = size
-    while left:
-        chunk = os.read(source, min(left, _CHUNK))
-        if not chunk:
-            raise OSError(errno.EPIPE, f"the content ended {left} bytes early")
-        left -= len(chunk)
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(target, view) :]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -9,15 +10,16 @@ from conftest import MODES, StartServer
 
 from slotpool import CommandFailed, SlotPool
 
-TREE = "setsid sleep 101 & (sleep 102 &) ; echo hi; sleep 103"
-COUNT = "pgrep -u $(id -u) -f '^sleep 10[0-9]$' | wc -l"
+OURS = f".{os.getpid()}"  # mode none sees all that sleeps on the machine
+TREE = f"setsid sleep 101{OURS} & (sleep 102{OURS} &) ; (ulimit -m 1000; sleep 103{OURS}) & echo hi; sleep 104{OURS}"
+COUNT = f"pgrep -u $(id -u) -f '^sleep 10[0-9]{OURS}$' | wc -l"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_everything_that_the_call_started_is_killed(start_server: StartServer, mode: str) -> None:
     server = start_server(mode, slots=1)
     (lease,) = server.lease()
-    server.bash(lease, "sleep 1000 & disown; setsid sleep 1001 & echo")
+    server.bash(lease, f"sleep 1000{OURS} & disown; setsid sleep 1001{OURS} & echo")
     begun = time.monotonic()
     result = server.bash(lease, TREE, timeout=1.0)
     took = time.monotonic() - begun
@@ -25,8 +27,8 @@ def test_everything_that_the_call_started_is_killed(start_server: StartServer, m
     assert result["stdout"] == "hi\n"
     assert took < 2.0, "an issue's bar: within a second of its time-out"
     after = server.bash(lease, COUNT)
-    assert after["stdout"].strip() == "0", "the three sleeps are dead, and the next command runs at once"
-    others = server.bash(lease, "pgrep -u $(id -u) -f '^sleep 100[01]$' | wc -l")
+    assert after["stdout"].strip() == "0", "the sleeps are dead, and the next command runs at once"
+    others = server.bash(lease, f"pgrep -u $(id -u) -f '^sleep 100[01]{OURS}$' | wc -l")
     assert others["stdout"].strip() == "2", "what an earlier call left running lives on"
 
 
@@ -42,7 +44,7 @@ def test_a_process_that_ignores_signals_and_hides_is_killed(start_server: StartS
         "os.setsid()\n"
         "if os.fork(): os._exit(0)\n"
         "os.environ.clear()\n"
-        "os.execve('/bin/sleep', ['sleep', '104'], {})\n"
+        f"os.execve('/bin/sleep', ['sleep', '104{OURS}'], {{}})\n"
     )
     result = server.bash(lease, f'python3 -c "{hide}"; echo up; while :; do :; done', timeout=1.5)
     assert result["timed_out"]

@@ -1,0 +1,80 @@
+"""How a slot's files are read and written, from within, as the slot's own user. Standard library alone.
+
+A descriptor, or the path that leads to it, may be whatever the slot has made it: none of this may block or follow more than the
+slot's own code could.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+_CHUNK = 1 << 20
+
+
+def _require_regular(fd: int) -> os.stat_result:
+    info = os.fstat(fd)
+    if stat.S_ISDIR(info.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return info
+
+
+def read_file(path: str, limit: int) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    size = _require_regular(fd).st_size
+    if size > limit:
+        raise OSError(errno.EFBIG, f"{size} bytes, and the limit is {limit}")
+    while True:
+        chunk = os.read(fd, _CHUNK)
+        if not chunk:
+            return
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(1, view) :]
+
+
+def write_file(path: str, size: int) -> None:
+    target = os.path.realpath(path)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    mode = 0o666 & ~_umask()
+    try:
+        info = os.stat(target)
+    except FileNotFoundError:
+        pass
+    else:
+        if stat.S_ISDIR(info.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        mode = stat.S_IMODE(info.st_mode)
+    # Beside the target and renamed when whole: a full disk or a broken connection loses nothing.
+    partial = os.path.join(os.path.dirname(target), f".slotpool-{os.urandom(8).hex()}")
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        _copy_exactly(0, fd, size)
+        os.fchmod(fd, mode)
+        os.rename(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _copy_exactly(source: int, target: int, size: int) -> None:
+    left = size
+    while left:
+        chunk = os.read(source, min(left, _CHUNK))
+        if not chunk:
+            raise OSError(errno.EPIPE, f"the content ended {left} bytes early")
+        left -= len(chunk)
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(target, view) :]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

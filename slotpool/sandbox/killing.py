@@ -1,0 +1,139 @@
+"""Find the processes of a call, or of a sandbox, and kill them all, whatever they do meanwhile. Standard library alone.
+
+What a call starts carries its *mark*: the hard limit RLIMIT_RSS. Each process inherits it, nobody can raise it again, and it
+has had no effect since Linux 2.4 (setrlimit(2)). So a process is found that has left its parent and its session.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Iterator
+from typing import Callable
+
+KILL_LIMIT = 1.0  # seconds
+_FIRST_MARK = 1 << 62  # bytes; programs that look at this limit take it for none
+
+
+class Marks:
+    """Marks for the calls of one zygote, each lower than the last."""
+
+    def __init__(self) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_RSS)
+        self._next = _FIRST_MARK if hard == resource.RLIM_INFINITY else min(hard, _FIRST_MARK)
+
+    def put_on(self) -> int:
+        """Mark this process, and so what it starts from now on.
+
+        :raises ValueError: its limit has been lowered by somebody else.
+        """
+        mark = self._next
+        resource.setrlimit(resource.RLIMIT_RSS, (mark, mark))
+        self._next -= 1
+        return mark
+
+
+def kill_marked(mark: int) -> bool:
+    """Kill all that have ``mark``, and their descendants, but not this process; False if that took over ``KILL_LIMIT``."""
+    return _kill_all(lambda: _marked(mark))
+
+
+def kill_tree(root: int) -> bool:
+    """Kill ``root``, a child subreaper, and all its descendants; False if that took over ``KILL_LIMIT``.
+
+    It is killed last, as it collects the orphans, and left to be waited for.
+    """
+    _signal(root, signal.SIGSTOP)
+    killed = _kill_all(lambda: _descendants([root], list(_living())))
+    if killed:
+        _signal(root, signal.SIGKILL)
+    return killed
+
+
+def _kill_all(find: Callable[[], set[int]]) -> bool:
+    """Kill what is found until nothing is; all are stopped first, so that nothing can fork or lose its parent meanwhile."""
+    deadline = time.monotonic() + KILL_LIMIT
+    while time.monotonic() < deadline:
+        stopped: set[int] = set()
+        while time.monotonic() < deadline:
+            running = find() - stopped
+            if not running:
+                break
+            for pid in running:
+                _signal(pid, signal.SIGSTOP)
+            stopped |= running
+        if not stopped:
+            return True
+        for pid in stopped:
+            _signal(pid, signal.SIGKILL)
+        _wait_for_deaths(stopped, deadline)
+    return False
+
+
+def _wait_for_deaths(pids: set[int], deadline: float) -> None:
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:  # gone already
+            continue
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        finally:
+            os.close(fd)
+
+
+def _signal(pid: int, signum: int) -> None:
+    try:
+        os.kill(pid, signum)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def children(parent: int) -> list[int]:
+    """The processes whose parent is ``parent``."""
+    return [pid for pid, above in _living() if above == parent]
+
+
+def _marked(mark: int) -> set[int]:
+    living = list(_living())
+    roots = [pid for pid, _ in living if pid != os.getpid() and _mark_of(pid) == mark]
+    return _descendants(roots, living).union(roots)
+
+
+def _mark_of(pid: int) -> int | None:
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_RSS)[1]
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
+def _descendants(roots: list[int], living: list[tuple[int, int]]) -> set[int]:
+    below: dict[int, list[int]] = {}
+    for pid, parent in living:
+        below.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    pending = list(roots)
+    while pending:
+        direct = below.get(pending.pop(), [])
+        found.update(direct)
+        pending.extend(direct)
+    return found
+
+
+def _living() -> Iterator[tuple[int, int]]:
+    """Each process that isn't a zombie, with its parent, as far as /proc shows them."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as f:
+                fields = f.read().rpartition(b")")[2].split()  # the command's name before it may hold anything
+        except OSError:
+            continue
+        if fields[0] not in (b"Z", b"X"):
+            yield int(name), int(fields[1])
