@@ -49,9 +49,7 @@ class Response:
 
     def __init__(self, status: int, body: bytes, content_type: str, afterwards: Callable[[], None] | None = None) -> None:
         self.status = f"{status} {_REASONS[status]}"
-        self.headers = [("Content-Length", str(len(body)))]
-        if status != 204:
-            self.headers.append(("Content-Type", content_type))
+        self.headers = [("Content-Length", str(len(body))), ("Content-Type", content_type)] if status != 204 else []
         self._body = body
         self._afterwards = afterwards
 
@@ -221,7 +219,10 @@ def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
         raise RequestFailed(
             "too_large", f"{field}: at most {limit} bytes, got {got}", field=field, expected=f"at most {limit} bytes", got=got
         )
-    body: bytes = environ["wsgi.input"].read(length)
+    try:
+        body: bytes = environ["wsgi.input"].read(length)
+    except OSError as e:
+        raise protocol.invalid(field, f"{length} bytes", f"fewer: {e}") from e
     return body
 
 

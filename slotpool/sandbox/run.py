@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import signal
@@ -28,6 +27,12 @@ def _internal(e: Exception) -> RequestFailed:
     return RequestFailed("internal", f"{type(e).__name__}: {e}")
 
 
+def _told(call: CallRequest) -> str:
+    """What tells this request from others; kept for as long as the id is, so a digest if it is long."""
+    told = repr((call["tool"], call["args"], call["timeout"]))
+    return told if len(told) <= 256 else hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 class Run:
     """One execution as one request sees it: started by it, or joined."""
 
@@ -47,9 +52,7 @@ class Run:
         call = self._call
         self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
         self._tool = tools.parse(call["tool"], call["args"], self._host.setting(tenancy))
-        # A digest, as the arguments may be large and are kept for as long as the id is.
-        request = (hashlib.sha256(json.dumps([call["tool"], call["args"], call["timeout"]]).encode()).hexdigest(),)
-        self._execution, is_new = tenancy.executions.begin(call["execution_id"], request)
+        self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
             return
         try:

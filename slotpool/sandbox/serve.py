@@ -1,4 +1,4 @@
-"""Run a sandbox server: a host behind its WSGI application, in waitress, until it is told to stop."""
+"""Run a sandbox server: a host behind its WSGI application, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import os
 import resource
 import select
 import signal
+import socket
 import sys
 import threading
 from typing import Any, Callable, NoReturn
 
 import attr
-import waitress
 
 from ..errors import StartFailed
-from . import protocol
 from .app import App
+from .front import Front
 from .host import Host
 from .tenancies import HostConfig
 
 log = logging.getLogger(__name__)
 
-_SPARE_THREADS = 8  # for requests that are never held
+_BACKLOG = 1024  # connections that wait to be accepted
+_MOST_CONNECTIONS = 2000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -80,25 +81,15 @@ def _leave(signum: int, frame: object) -> NoReturn:
 
 
 def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) -> None:
-    threads = 2 * config.host.slots + 16
-    app = App(host, config.token, threads - _SPARE_THREADS)
-    settings = {
-        # A long command holds a thread for as long as its request may be held; health and other slots need some all the same.
-        "threads": threads,
-        "ident": None,
-        "clear_untrusted_proxy_headers": True,
-        "max_request_body_size": max(config.host.max_file, protocol.MAX_JSON) + 1024,
-        "connection_limit": 2000,
-        "channel_timeout": 120,
-        "asyncore_use_poll": True,  # select(2) can't have descriptors above 1023
-        "send_bytes": 128,  # more than a head: head and body go out together, and wake the client once
-    }
+    # A pool renews and gives back beside its callers' requests; so do others.
+    app = App(host, config.token, most_held=2 * config.host.slots + 8)
     if config.listen is None:
-        server = waitress.create_server(app, unix_socket=host.socket_path, unix_socket_perms="600", **settings)
+        listener = _unix_listener(host.socket_path)
         address = f"unix://{host.socket_path}"
     else:
-        server = waitress.create_server(app, host=config.listen, port=config.port, **settings)
-        address = f"http://{_bracketed(config.listen)}:{server.effective_port}"
+        family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
+        listener = socket.create_server((config.listen, config.port), family=family, backlog=_BACKLOG)
+        address = f"http://{_bracketed(config.listen)}:{listener.getsockname()[1]}"
     if config.token is None:
         log.warning(
             "serving without a token: every process on this machine that reaches %s can run commands in the slots", address
@@ -108,10 +99,20 @@ def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) ->
     if config.parent is not None:
         threading.Thread(target=_watch_parent, args=(config.parent,), name="slotpool-parent", daemon=True).start()
     on_ready(address)
+    front = Front(app, listener, _MOST_CONNECTIONS)
     try:
-        server.run()
+        front.run()
     finally:
-        server.close()
+        front.close()
+
+
+def _unix_listener(path: str) -> socket.socket:
+    """One that only this user may connect to."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.fchmod(listener.fileno(), 0o600)  # before it is bound: there is no moment when others could
+    listener.bind(path)
+    listener.listen(_BACKLOG)
+    return listener
 
 
 def _bracketed(address: str) -> str:

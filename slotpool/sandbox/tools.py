@@ -68,11 +68,12 @@ class Bash:
         self._stdin = _text(args, "stdin", nul=True) if args.get("stdin") is not None else None
         # What bash sources before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
         parts = [b"exec 3<&-;SECONDS=0"]
-        self._cwd = ""
-        self._nonce = secrets.token_hex(16).encode()
-        self.stderr_limit = max(setting.max_output, 2 * len(self._nonce))
+        self._cwd, self._nonce = "", b""
+        self.stderr_limit = setting.max_output
         if args.get("cwd") is not None:
             cwd = _text(args, "cwd")
+            self._nonce = secrets.token_hex(16).encode()
+            self.stderr_limit = max(setting.max_output, 2 * len(self._nonce))
             self._cwd = args["cwd"]
             target = b"./" + cwd if cwd.startswith(b"-") else cwd  # `cd -` is another matter
             parts.append(b"cd -- %s||{ printf %%s %s >&2;exit 1;}" % (_quote(target), self._nonce))

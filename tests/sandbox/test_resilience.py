@@ -172,7 +172,7 @@ def _quietly(act: Any, *args: Any) -> None:
 
 
 def test_the_callers_directory_umask_and_signal_mask_do_no_harm(tmp_path: Path) -> None:
-    (tmp_path / "waitress.py").write_text("raise SystemExit('not the library')")
+    (tmp_path / "attr.py").write_text("raise SystemExit('not the library')")
     script = (
         "import os, signal\n"
         "os.umask(0o077)\n"
