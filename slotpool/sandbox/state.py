@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import logging
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 
 from ..errors import StartFailed
 from . import trees
@@ -15,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _LOCK = "lock"
 _PREFIX = "s-"
+_TRIES = 50
 _LONGEST = 107 - len("/s-12345678/http.sock")  # sun_path in unix(7), less what comes below
 
 
@@ -30,9 +34,20 @@ class StateDirectory:
         mode = 0o711 if os.geteuid() == 0 else 0o700
         self._shared = parent is None
         parent = parent or os.path.join(tempfile.gettempdir(), f"slotpool-{os.geteuid()}")
+        for _ in range(_TRIES):
+            try:
+                self._make(parent, mode)
+                return
+            except FileNotFoundError:  # the last server of before has just removed the parent directory
+                continue
+        raise StartFailed(f"{parent} is removed again and again while a server starts; what does that?")
+
+    def _make(self, parent: str, mode: int) -> None:
         try:
             os.makedirs(parent, mode, exist_ok=True)
         except OSError as e:
+            if isinstance(e, FileExistsError) and stat.S_ISDIR(os.stat(parent).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "it was removed, and made anew, just then", parent) from e
             raise StartFailed(f"the directory for workspaces can't be made: {e}") from e
         info = os.lstat(parent)
         if self._shared:
@@ -45,9 +60,10 @@ class StateDirectory:
             raise StartFailed(f"the path of the directory for workspaces is too long for a Unix socket in it: {parent}")
         self._parent = parent
         _sweep(parent)
-        self.path = tempfile.mkdtemp(dir=parent, prefix=_PREFIX)
-        os.chmod(self.path, mode)
-        self.lock = _lock(self.path, os.O_CREAT)
+        with _settled(parent):
+            self.path = tempfile.mkdtemp(dir=parent, prefix=_PREFIX)
+            os.chmod(self.path, mode)
+            self.lock = _lock(self.path, os.O_CREAT)
 
     def release(self) -> None:
         """Let go of the lock. The nursery, which has it too, removes the directory."""
@@ -67,6 +83,22 @@ class StateDirectory:
             pass
 
 
+@contextlib.contextmanager
+def _settled(parent: str) -> Iterator[None]:
+    """Let no other server make a directory, or take one that is just being made for a left one.
+
+    :raises FileNotFoundError: the parent directory was removed.
+    """
+    fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if not os.path.samestat(os.stat(parent), os.fstat(fd)):
+            raise FileNotFoundError(errno.ENOENT, "it was removed and made anew", parent)
+        yield
+    finally:
+        os.close(fd)
+
+
 def _lock(directory: str, flags: int = 0) -> int:
     fd = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
     try:
@@ -83,8 +115,9 @@ def _sweep(parent: str) -> None:
         try:
             if not name.startswith(_PREFIX) or os.lstat(directory).st_uid != os.geteuid():
                 continue
-            fd = _lock(directory)
-        except OSError:  # in use; or just being made, or removed
+            with _settled(parent):
+                fd = _lock(directory)
+        except OSError:  # in use, or removed
             continue
         try:
             trees.remove_tree(directory)
