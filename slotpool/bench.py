@@ -40,9 +40,11 @@ def run(pool: SlotPool, rounds: int) -> list[Figure]:
         for pace, name in ((_PACE, "10 ms apart"), (0.0, "back to back")):
             figures += _against_baseline(slot, pace, name, rounds)
         figures += _files(slot, rounds)
+        figures += _large_files(slot)
     figures += _leases(pool, rounds)
     figures += _at_once(pool, rounds)
-    if pool.config.backend == "local":  # else its servers are not this process's
+    if pool.config.backend == "local":  # else its servers are not this process's, and who waits makes it grow
+        figures.append(_hand_over(pool, rounds))
         figures.append(_memory(pool))
     return figures
 
@@ -69,7 +71,7 @@ def _against_baseline(slot: Slot, pace: float, name: str, rounds: int) -> list[F
     return [
         Figure(f"subprocess.run bash -c true, {name}: p50", base, "ms", note="the baseline"),
         Figure(f's.bash("true"), {name}: p50', statistics.median(ours), "ms", statistics.median(ours) / base),
-        Figure(f's.bash("true"), {name}: p99', p99, "ms", p99 / base),
+        Figure(f's.bash("true"), {name}: p99', p99, "ms", p99 / base, f"{p99 / statistics.median(ours):.1f} times the p50"),
     ]
 
 
@@ -82,6 +84,45 @@ def _files(slot: Slot, rounds: int) -> list[Figure]:
             p50 = statistics.median(times)
             figures.append(Figure(f"{verb} {name}: p50", p50, "ms", note=f"{size / 1048576 / p50 * 1000:.0f} MiB/s"))
     return figures
+
+
+def _large_files(slot: Slot) -> list[Figure]:
+    content = os.urandom(1 << 20) * 100
+    times = []
+    for act in (lambda: slot.write_file("large", content), lambda: slot.read_bytes("large")):
+        begun = time.perf_counter()
+        act()
+        times.append((time.perf_counter() - begun) * 1000)
+    return [
+        Figure(f"{verb} 100 MiB", took, "ms", note=f"{100 / took * 1000:.0f} MiB/s")
+        for verb, took in zip(("write", "read"), times)
+    ]
+
+
+def _hand_over(pool: SlotPool, rounds: int) -> Figure:
+    """From a release to the return of a thread that waits in ``acquire``, while all slots are held."""
+    slots = [pool.acquire() for _ in range(pool.total_slots)]
+    times: list[float] = []
+
+    def wait() -> None:
+        slots.append(pool.acquire())
+        times.append(time.perf_counter())
+
+    for _ in range(rounds * _BLOCK // 3):
+        slots[0].bash("true")  # so that there is something to clean
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        while not pool.get_stats()["requests_waiting"]:
+            time.sleep(0.001)
+        time.sleep(_PACE)
+        begun = time.perf_counter()
+        slots.pop(0).release()
+        waiter.join()
+        times[-1] -= begun
+    for slot in slots:
+        slot.release()
+    note = "release to the return of a waiting acquire, cleaning included"
+    return Figure("hand-over of a used slot: p50", statistics.median(times) * 1000, "ms", note=note)
 
 
 def _leases(pool: SlotPool, rounds: int) -> list[Figure]:
@@ -183,6 +224,12 @@ def report(pool: SlotPool, figures: list[Figure]) -> dict[str, Any]:
     }
 
 
+def compared(told: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The report with what an earlier one says of each figure, as ``before``."""
+    known = {figure["name"]: figure["value"] for figure in before["figures"]}
+    return {**told, "figures": [{**figure, "before": known.get(figure["name"])} for figure in told["figures"]]}
+
+
 def as_text(told: dict[str, Any]) -> str:
     """The report for people."""
     lines = [
@@ -191,9 +238,16 @@ def as_text(told: dict[str, Any]) -> str:
         f"{'':52} {'':>10}      x baseline",
     ]
     for figure in told["figures"]:
-        value = (
-            "?" if figure["value"] is None else f"{figure['value']:.3f}" if figure["value"] < 100 else f"{figure['value']:.0f}"
-        )
         ratio = f"{figure['ratio']:.2f}" if figure["ratio"] is not None else ""
-        lines.append(f"{figure['name']:52} {value:>10} {figure['unit']:4} {ratio:>10}  {figure['note']}".rstrip())
+        before = f"  was {_shown(figure['before'])}" if figure.get("before") is not None else ""
+        if before and figure["value"] is not None:
+            before += f", now {figure['value'] / figure['before']:.2f} times that"
+        line = f"{figure['name']:52} {_shown(figure['value']):>10} {figure['unit']:4} {ratio:>10}{before}  {figure['note']}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.3f}" if value < 100 else f"{value:.0f}"

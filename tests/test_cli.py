@@ -87,12 +87,31 @@ def test_serve_says_that_it_has_no_token_and_stays_on_loopback() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_bench_prints_figures_beside_their_baselines() -> None:
-    done = slotpool("bench", "--rounds", "1", "--json")
+def test_bench_prints_figures_beside_their_baselines(tmp_path: Path) -> None:
+    kept, broken = str(tmp_path / "kept"), tmp_path / "broken"
+    done = slotpool("bench", "--rounds", "1", "--save", kept)
+    assert done.returncode == 0, done.stderr
+    done = slotpool("bench", "--rounds", "1", "--json", "--compare", kept)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    before = json.loads(Path(kept).read_text())
+    assert [figure["before"] for figure in told["figures"]] == [figure["value"] for figure in before["figures"]]
+    broken.write_text("{}")
+    for words in (["--compare", str(broken)], ["--compare", str(tmp_path / "missing")], ["--save", str(tmp_path)]):
+        refused = slotpool("bench", *words)
+        assert (refused.returncode, refused.stdout) == (125, b"")
+        assert refused.stderr.startswith(f"slotpool: {words[0]}: expected a file".encode())
     names = [figure["name"] for figure in told["figures"]]
-    for part in ('s.bash("true"), 10 ms apart', "back to back", "at once", "acquire + release", "batch", "1 MiB", "memory"):
+    for part in (
+        's.bash("true"), 10 ms apart',
+        "back to back",
+        "at once",
+        "acquire + release",
+        "hand-over",
+        "batch",
+        "100 MiB",
+        "memory",
+    ):
         assert any(part in name for name in names), part
     assert all(figure["value"] is None or figure["value"] > 0 for figure in told["figures"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from ..errors import ConfigError, SlotPoolError
 from . import job, options
@@ -22,6 +23,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     options.add_isolation(parser)
     options.add_cluster(parser, otherwise_here=True)
     options.add_json(parser)
+    parser.add_argument("--save", metavar="FILE", help="keep the figures, as JSON, for --compare")
+    parser.add_argument("--compare", metavar="FILE", help="show what --save has kept beside each figure")
     parser.add_argument("--rounds", type=int, default=6, help="more is slower and steadier; default: %(default)s")
 
 
@@ -31,14 +34,42 @@ def run(args: argparse.Namespace) -> int:
 
     if args.rounds < 1:
         raise SlotPoolError(f"rounds: expected at least 1, got {args.rounds}")
+    before = _kept(args.compare) if args.compare is not None else None
+    if args.save is not None:
+        _require_writable(args.save)
     if args.nomad is None:
         options.require_here(args)
         with SlotPool(backend="local", slots_per_container=_SLOTS, max_containers=1, isolation=args.isolation) as pool:
             told = bench.report(pool, bench.run(pool, args.rounds))
     else:
         told = _on_job(args)
+    if args.save is not None:
+        with open(args.save, "w") as file:
+            json.dump(told, file, indent=2)
+    if before is not None:
+        told = bench.compared(told, before)
     print(json.dumps(told, indent=2) if args.json else bench.as_text(told))
     return 0
+
+
+def _kept(path: str) -> dict[str, Any]:
+    """What --save has written; asked for before minutes are spent on measuring."""
+    try:
+        with open(path) as file:
+            kept = json.load(file)
+        if {figure["name"]: float(figure["value"] or 0) for figure in kept["figures"]}:
+            return dict(kept)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise SlotPoolError(f"--compare: expected a file that `slotpool bench --save` has written, got {path}: {e!r}") from e
+    raise SlotPoolError(f"--compare: expected figures in {path}, got none")
+
+
+def _require_writable(path: str) -> None:
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as e:
+        raise SlotPoolError(f"--save: expected a file that can be written, got {path}: {e.strerror}") from e
 
 
 def _on_job(args: argparse.Namespace) -> dict[str, object]:

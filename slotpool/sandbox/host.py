@@ -44,9 +44,13 @@ class Host:
         self.isolation = self._maker.isolation
         self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]
-        self._changed = threading.Condition()  # guards _table, _tenancies and _closing; signalled when a slot becomes free
+        self._changed = (
+            threading.Condition()
+        )  # guards _table, _tenancies, the spare and _closing; signalled when a slot becomes free
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
+        self._spare: Tenancy | None = None  # made in advance, so that a slot which is given back need not wait for one
+        self._making_spare = False
         self._closing = False
         self.warmer = Warmer()
         self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
@@ -62,7 +66,7 @@ class Host:
                 old = self._tenancies.pop(slot, None)
             if old is not None:
                 self._maker.end(old)
-            tenancy = self._make_with_patience()
+            tenancy = self._take_spare() or self._make_with_patience()
             if tenancy is None:
                 return
         except Exception as e:
@@ -75,6 +79,29 @@ class Host:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
             self._changed.notify_all()
+            closing = self._closing
+        if not closing:
+            self._cleaners.submit(self._make_spare)
+
+    def _take_spare(self) -> Tenancy | None:
+        with self._changed:
+            spare, self._spare = self._spare, None
+            return spare
+
+    def _make_spare(self) -> None:
+        """See that there is a sandbox in advance, behind all slots that are to be made ready."""
+        with self._changed:
+            if self._closing or self._spare is not None or self._making_spare:
+                return
+            self._making_spare = True
+        spare = None
+        try:
+            spare = self._maker.make(self.isolation.default_network)
+        except (SandboxStartFailed, OSError) as e:
+            log.info("no sandbox could be made in advance: %s", e)
+        finally:
+            with self._changed:
+                self._spare, self._making_spare = spare, False
 
     def _make_with_patience(self) -> Tenancy | None:
         """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""
@@ -190,7 +217,8 @@ class Host:
             raise protocol.invalid("network", self.isolation.refuses_network(network) or "", network)
         try:
             self._maker.end(old)
-            fresh = self._maker.make(network)
+            fresh = self._take_spare() if network == self.isolation.default_network else None
+            fresh = fresh or self._maker.make(network)
         except (SandboxStartFailed, OSError) as e:
             raise RequestFailed("slot_broken", str(e)) from e
         fresh.executions = old.executions  # ids stay spent
@@ -325,7 +353,7 @@ class Host:
             if self._closing:
                 return
             self._closing = True
-            tenancies = list(self._tenancies.values())
+            tenancies = [*self._tenancies.values(), *([self._spare] if self._spare is not None else [])]
             self._changed.notify_all()
         for tenancy in tenancies:
             tenancy.cell.destroy()
