@@ -23,6 +23,7 @@ class Container:
         self.capacity = size  # of them, those that are not quarantined
         self.client = SandboxClient(member.address, member.token, connections=2 * size + 4)
         self.tenures: dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
+        self.position = 0  # among the pool's containers, lowest first
         self.outbox: list[str] = []  # tokens to give back
         self.asking = 0  # leases asked for, not yet answered
         self.hoping = 0  # the same, when it was known to have none free
@@ -48,11 +49,13 @@ class Container:
         if self.size < 1:
             raise ContainerRefused(f"{self.address} did not tell how many slots it has; is the token right?")
 
-    def told(self, answer: Mapping[str, Any]) -> None:
-        """Take in what comes with an answer; the pool's lock is held."""
+    def told(self, answer: Mapping[str, Any]) -> bool:
+        """Take in what comes with an answer; whether it is news. The pool's lock is held."""
+        known = self.capacity, self.leased_by_others
         self.capacity = int(answer.get("usable", self.capacity))
         if not self.exchanges:  # else it isn't known which of them are ours
             self.leased_by_others = max(0, int(answer.get("leased", 0)) - len(self.tenures) - len(self.outbox))
+        return known != (self.capacity, self.leased_by_others)
 
     @property
     def cordoned(self) -> bool:

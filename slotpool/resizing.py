@@ -43,11 +43,8 @@ class Resizer:
         self._no_shrinking_before = 0.0
 
     def _demand(self) -> Demand:
-        containers = [container for container in self._supply.containers.values() if not container.cordoned]
-        per_container = max((container.size for container in containers), default=self._config.slots_per_container)
-        lacking = sum(per_container - container.capacity for container in containers)
-        others = sum(container.leased_by_others for container in containers)
-        return Demand(len(self._supply.held) + lacking + others, len(self._supply.waiters), per_container)
+        standing, per_container = self._supply.standing_demand()
+        return Demand(len(self._supply.held) + standing, len(self._supply.waiters), per_container)
 
     def decide_grow(self) -> None:
         """Scale up, if demand wants it."""
@@ -143,6 +140,7 @@ class Resizer:
             for container in surplus:
                 if reopen or container not in closed:
                     container.closed_until = 0.0
+            self._supply.changed()
             self._busy = False
             self._supply.refill()
 
@@ -159,6 +157,7 @@ class Resizer:
         for container in self._supply.containers.values() if not self._busy else ():
             if container.cordoned and container.member.index < size and now > container.closed_until - CORDON + _SETTLING:
                 container.closed_until = 0.0
+                self._supply.changed()
                 self._background.submit(self._reopen, container)
 
     def _reopen(self, container: Container) -> None:

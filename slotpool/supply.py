@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Callable
 
 from .background import Background
@@ -55,6 +56,12 @@ class Supply:
         self.waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see take()
         self.counters = Counters()
         self._strays: set[Tenure] = set()
+        self._asking = 0  # the sum of what the containers are asked for
+        self._owing: set[Container] = set()  # those with an outbox
+        # Made anew when they are needed after changed():
+        self._order: list[Container] | None = None  # lowest first
+        self._first = 0  # in that order; those before it have no room
+        self._standing: tuple[int, int] | None = None  # see standing_demand()
         self.trouble: Exception | None = None  # the last failure to get leases or containers
         self.demand_changed: Callable[[], None] = lambda: None  # called with the lock held
         self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
@@ -181,7 +188,9 @@ class Supply:
     def _return_to_server(self, tenure: Tenure) -> None:
         container = tenure.container
         del container.tenures[tenure.token]
+        self._has_room(container)
         container.outbox.append(tenure.token)
+        self._owing.add(container)
         self._submit_exchange(container)
 
     def uses(self, container: Container) -> bool:
@@ -195,7 +204,7 @@ class Supply:
         :raises SlotPoolError: there is no answer.
         """
         with self.lock:
-            tokens, container.outbox = container.outbox, []
+            tokens = self._take_outbox(container)
         return container.client.cordon(self.owner, ttl, tokens)
 
     def close_off(self, containers: Sequence[Container], until: float) -> None:
@@ -204,26 +213,76 @@ class Supply:
             container.closed_until = until
             container.outbox += container.tenures
             container.tenures.clear()
+            self._owing.add(container)
+        self.changed()
         self.keep_ready(lambda tenure: not tenure.container.cordoned)
+
+    def _take_outbox(self, container: Container) -> list[str]:
+        tokens, container.outbox = container.outbox, []
+        self._owing.discard(container)
+        return tokens
+
+    def add(self, container: Container) -> None:
+        """Lease from it from now on. The lock is held."""
+        self.containers[container.id] = container
+        self.changed()
+
+    def remove(self, container: Container) -> None:
+        """The lock is held."""
+        del self.containers[container.id]
+        self._owing.discard(container)
+        self.changed()
+
+    def changed(self) -> None:
+        """A container has come, gone, been closed or opened, or has told something new of itself. The lock is held."""
+        self._order = self._standing = None
+        self._first = 0
 
     def in_order(self) -> list[Container]:
         """Lowest first: those with the highest index are the first to be ended. The lock is held."""
-        return sorted(self.containers.values(), key=lambda container: container.member.index)
+        if self._order is None:
+            self._order = sorted(self.containers.values(), key=lambda container: container.member.index)
+            for position, container in enumerate(self._order):
+                container.position = position
+        return self._order
+
+    def _has_room(self, container: Container) -> None:
+        """It may have room again."""
+        self._first = min(self._first, container.position)
+
+    def _with_room(self) -> Iterator[Container]:
+        """Those with room, lowest first. A lease costs the same however many containers there are, so no full one is looked at
+        twice.
+        """
+        order = self.in_order()
+        while self._first < len(order) and order[self._first].room <= 0:
+            self._first += 1
+        return (container for container in itertools.islice(order, self._first, None) if container.room > 0)
+
+    def standing_demand(self) -> tuple[int, int]:
+        """Slots that containers lack or others have leased, and the slots that a container has. The lock is held."""
+        if self._standing is None:
+            containers = [container for container in self.containers.values() if not container.cordoned]
+            per_container = max((container.size for container in containers), default=self._config.slots_per_container)
+            lacking = sum(per_container - container.capacity for container in containers)
+            others = sum(container.leased_by_others for container in containers)
+            self._standing = lacking + others, per_container
+        return self._standing
 
     def refill(self) -> None:
         """See that leases are asked for, and containers, as need be. The lock is held."""
         if not self.open:
             return
         now = time.monotonic()
-        for container in self.containers.values():
-            if container.outbox and not container.exchanges and container.retry_at <= now:
+        for container in self._owing:
+            if not container.exchanges and container.retry_at <= now:
                 self._submit_exchange(container)
         need = self._need()
         holding = 0
-        for container in self.in_order() if need > 0 else ():
+        for container in self._with_room() if need > 0 else ():
             if need <= 0:
                 break
-            if container.room <= 0 or container.retry_at > now:
+            if container.retry_at > now:
                 continue
             if container.exhausted:  # others have its slots: wait there for one, if somebody waits here, but don't count on it
                 if self.waiters and holding < _HOLDING:
@@ -250,8 +309,7 @@ class Supply:
 
     def _need(self) -> int:
         """Leases to ask for, beyond those that are asked for already."""
-        asking = sum(container.asking for container in self.containers.values())
-        return len(self.waiters) + self._config.prefetch - self.ready.qsize() - asking
+        return len(self.waiters) + self._config.prefetch - self.ready.qsize() - self._asking
 
     def _submit_exchange(self, container: Container) -> None:
         most = 2 * _EXCHANGES if container.outbox else _EXCHANGES  # what gives back does not queue behind what waits
@@ -264,11 +322,12 @@ class Supply:
     def _exchange(self, container: Container) -> None:
         """Give back what is in the container's outbox and take what is needed, in one request."""
         with self.lock:
-            release, container.outbox = container.outbox, []
+            release = self._take_outbox(container)
             take = max(0, min(self._need(), container.room))
             hopes = container.exhausted
             container.hoping += take if hopes else 0
             container.asking += 0 if hopes else take
+            self._asking += 0 if hopes else take
             hold = _HOLD if self.waiters else _SHORT_HOLD if release else 0.0
             if self._shared and not release and not container.exhausted:
                 hold = 0.0  # if others have all its slots, more containers may be needed, and not in a while
@@ -285,11 +344,16 @@ class Supply:
             with self.lock:
                 if failure is not None:
                     container.outbox = release + container.outbox  # giving back may be repeated
+                    if container.outbox and container.id in self.containers:
+                        self._owing.add(container)
                 container.hoping -= take if hopes else 0
                 container.asking -= 0 if hopes else take
+                self._asking -= 0 if hopes else take
+                self._has_room(container)
                 unwanted = self._exchanged(container, take, granted, failure)
                 if answer is not None and self._shared:
-                    container.told(answer)
+                    if container.told(answer):
+                        self.changed()
                     self.demand_changed()
         if unwanted:
             self._return_quietly(container, unwanted)
@@ -334,8 +398,7 @@ class Supply:
     def give_all_back(self, container: Container) -> None:
         """Every lease that the pool has in it, without waiting for their cleaning."""
         with self.lock:
-            tokens = [*container.tenures, *container.outbox]
+            tokens = [*container.tenures, *self._take_outbox(container)]
             container.tenures.clear()
-            container.outbox = []
         if tokens:
             self._return_quietly(container, tokens)

@@ -113,7 +113,7 @@ class Upkeep:
         with self._supply.lock:
             admitted = failure is None and self._supply.open
             if admitted:
-                self._supply.containers[member.id] = container
+                self._supply.add(container)
                 self._supply.refill()
             elif attempt >= _TELLING or not self._scales or isinstance(failure, ContainerRefused):
                 self._supply.trouble = failure
@@ -142,7 +142,7 @@ class Upkeep:
 
     def _drop(self, container: Container, why: str) -> None:
         """Its leases are lost."""
-        del self._supply.containers[container.id]
+        self._supply.remove(container)
         container.client.close()
         for tenure in container.tenures.values():
             tenure.lose(f"{tenure.slot} of {container.id} is lost: {why}")
@@ -163,6 +163,7 @@ class Upkeep:
                 if not container.checking:
                     container.checking = True
                     self._background.submit(self._check, container)
+            self._supply.changed()  # a closing's time may be up
             self._resizer.decide_shrink()
         self.sync()  # one that could not be admitted is tried again, one that is missing is replaced
         with self._supply.lock:
@@ -214,7 +215,8 @@ class Upkeep:
             if tenure is not None:
                 tenure.lose(f"{tenure.slot} of {container.id} is lost: its server has ended the lease")
                 self._supply.counters.leases_lost += 1
-        container.told(answer)
+        if container.told(answer) or answer["lost"]:
+            self._supply.changed()
         if answer["lost"]:
             self._supply.keep_ready(lambda _: True)
             self._supply.refill()
@@ -236,6 +238,8 @@ class Upkeep:
         try:
             if not self._supply.close_at_server(container, CORDON):
                 container.closed_until = 0.0
+                with self._supply.lock:
+                    self._supply.changed()
                 return
         except SlotPoolError as e:
             log.info("%s could not be closed: %s", container.id, e)
