@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import logging
@@ -10,7 +9,7 @@ import math
 import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from . import protocol
 from .host import Host
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _REASONS = {
     200: "OK",
@@ -131,24 +132,21 @@ class App:
     def _slots(self, environ: WSGIEnvironment) -> Response:
         return _json(200, {"slots": self._host.describe_slots()})
 
-    @contextlib.contextmanager
-    def _hold(self, body: dict[str, Any]) -> Iterator[float]:
-        """How long this request may be held: as long as it asks for, if there is room."""
+    def _held(self, body: dict[str, Any], act: Callable[[float], T]) -> T:
+        """Call ``act`` with the seconds for which this request may be held: as many as it asks for, if there is room."""
         wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
         if not self._room.acquire(blocking=False):
-            yield 0.0
-            return
+            return act(0.0)
         try:
-            yield wait
+            return act(wait)
         finally:
             self._room.release()
 
     def _lease(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "owner", "ttl", "take", "release", "wait")
         owner, ttl, take = _string(body, "owner"), _number(body, "ttl", 0.1, MAX_TTL), _count(body, "take")
-        with self._hold(body) as wait:
-            answer = self._host.lease(owner, ttl, take, _strings(body, "release"), wait)
-        return _json(200, answer)
+        release = _strings(body, "release")
+        return _json(200, self._held(body, lambda wait: self._host.lease(owner, ttl, take, release, wait)))
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "tokens")
@@ -162,8 +160,7 @@ class App:
     def _execute(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")
         call = _call(body, slot, lease)
-        with self._hold(body) as wait:
-            (answer,), afterwards = self._host.execute([call], wait)
+        (answer,), afterwards = self._held(body, lambda wait: self._host.execute([call], wait))
         if isinstance(answer, RequestFailed):
             raise answer
         return _json(202 if answer is None else 200, _answered(answer), afterwards)
@@ -174,8 +171,7 @@ class App:
         if not isinstance(calls, list) or len(calls) > MAX_BATCH or not all(isinstance(call, dict) for call in calls):
             raise protocol.invalid("calls", f"a list of at most {MAX_BATCH} objects", calls)
         parsed = [_call(call, _string(call, "slot"), _string(call, "lease")) for call in calls]
-        with self._hold(body) as wait:
-            answers, afterwards = self._host.execute(parsed, wait)
+        answers, afterwards = self._held(body, lambda wait: self._host.execute(parsed, wait))
         return _json(200, {"results": [_answered(answer) for answer in answers]}, afterwards)
 
     def _cancel(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:

@@ -144,11 +144,9 @@ class Driver:
             self._watch(job, "status", call.sock.fileno(), select.POLLIN)
             self._watch(job, "stdout", call.stdout, select.POLLIN)
             self._watch(job, "stderr", call.stderr, select.POLLIN)
+            call.feed_all()
             for feed in call.feeds:
-                if call.feed(feed.fd):
-                    call.close_feed(feed.fd)
-                else:
-                    self._watch(job, "feed", feed.fd, select.POLLOUT)
+                self._watch(job, "feed", feed.fd, select.POLLOUT)
 
     def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
         self._handles[fd] = job, what

@@ -116,24 +116,23 @@ class Cell:
         """How many shells wait for a script."""
         return len(self._armed)
 
-    def arm(self, count: int = 1) -> None:
-        """See that ``count`` shells are started and waiting for a script, so that :meth:`shell` needn't start one."""
-        while True:
+    def arm(self, stock: int = 1) -> None:
+        """Start a shell that waits for a script, if fewer than ``stock`` wait, so that :meth:`shell` needn't start one."""
+        with self._lock:
+            if self._destroyed or len(self._armed) + self._arming >= stock:
+                return
+            self._arming += 1
+        call = None
+        try:
+            call = self._new_shell(stdin=False)
+        finally:
             with self._lock:
-                if self._destroyed or len(self._armed) + self._arming >= count:
-                    return
-                self._arming += 1
-            call = None
-            try:
-                call = self._new_shell(stdin=False)
-            finally:
-                with self._lock:
-                    self._arming -= 1
-                    kept = call is not None and not self._destroyed
-                    if call is not None and kept:
-                        self._armed.append(call)
-            if not kept:
-                call.close()
+                self._arming -= 1
+                kept = call is not None and not self._destroyed
+                if call is not None and kept:
+                    self._armed.append(call)
+        if not kept:
+            call.close()
 
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
@@ -271,6 +270,12 @@ class Call:
         except BrokenPipeError:
             pass
         return True
+
+    def feed_all(self) -> None:
+        """Write as much as the pipes take, and close those that have got everything."""
+        for feed in self.feeds:
+            if self.feed(feed.fd):
+                self.close_feed(feed.fd)
 
     def close_feed(self, fd: int) -> None:
         self.feeds = [feed for feed in self.feeds if feed.fd != fd]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
-import select
 import signal
-import time
 from typing import NoReturn, TypedDict
 
-from . import landlock, linux, trees
+from . import landlock, linux
 
-_KILL_LIMIT = 5.0  # seconds
 BWRAP_READY = b"ready"
-_KILLER_TRIES = 100
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _NAMESPACES = (
     ("ipc", linux.CLONE_NEWIPC),
@@ -48,6 +45,7 @@ class Order(TypedDict):
     umask: int
     limits: dict[str, int]  # by the names of resource.RLIMIT_*
     landlock: Landlock | None
+    killer: int  # mode user: whom the nursery is when it kills that user's processes, see kill_user
     scratch: list[str]  # mode user: shared directories to clear of the user's files at the end
 
 
@@ -146,62 +144,35 @@ def _forbid_user_namespaces() -> None:
         pass
 
 
-def clear_user(uid: int, gid: int, scratch: list[str]) -> bool:
-    """Kill all processes of user ``uid`` and remove its files in ``scratch``; whether nothing is left. As root."""
-    status = 1
-    for _ in range(_KILLER_TRIES):  # a process of that user may kill the one that is about to kill it, if it is quick
+def kill_user(uid: int, killer: int) -> list[int]:
+    """Kill all processes of user ``uid``, in one moment; pidfds of those that are dying. As root, in a process without threads.
+
+    A kill(2) of -1 reaches whatever its caller may signal, and what has the signal pending can't fork. So for that moment this
+    process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so that it may signal
+    nobody else, and those that it kills may not signal it.
+
+    :raises OSError: nothing was killed.
+    """
+    dying: list[int] = []
+    os.setresuid(killer, uid, 0)
+    try:
+        if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
+            raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
         try:
-            pid = os.fork()
-        except OSError:
-            kill_processes_of(uid)
-            time.sleep(0.02)  # they have to die before there is room for another
-            continue
-        if pid == 0:
-            code = 1
+            os.kill(-1, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # there is none
+            return dying
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if pid == os.getpid():
+                continue
             try:
-                code = 0 if _kill_all_others(uid, gid) else 1
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        if not os.WIFSIGNALED(status):
-            break
-    if status != 0:
-        return False
-    for directory in scratch:
-        trees.remove_owned(directory, uid)
-    return True
-
-
-def kill_processes_of(uid: int) -> None:
-    """Kill what is found of user ``uid``, one by one; more may come meanwhile."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if os.stat(f"/proc/{name}").st_uid == uid:
-                os.kill(int(name), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-
-
-def _kill_all_others(uid: int, gid: int) -> bool:
-    become_user(uid, gid)
-    os.kill(-1, signal.SIGKILL)  # all at once: a process that has this signal pending can't fork
-    deadline = time.monotonic() + _KILL_LIMIT
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid() and not _wait_if_ours(int(name), deadline):
-            return False
-    linux.remove_ipc_objects(uid)
-    return True
-
-
-def _wait_if_ours(pid: int, deadline: float) -> bool:
-    try:
-        os.kill(pid, 0)
-        fd = os.pidfd_open(pid)
-    except (PermissionError, ProcessLookupError):
-        return True
-    try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+                os.kill(pid, 0)
+                dying.append(os.pidfd_open(pid))
+            except (ProcessLookupError, PermissionError):
+                continue
     finally:
-        os.close(fd)
+        try:
+            os.setresuid(0, 0, 0)
+        except BaseException:
+            os._exit(1)  # nothing that this process does from here on would be what it is meant to be
+    return dying

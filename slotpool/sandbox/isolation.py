@@ -49,6 +49,7 @@ class Place:
     etc: str  # what a bwrap slot has as /etc, see write_etc
     uid: int
     gid: int
+    killer: int  # see Order
     network: bool
 
     @property
@@ -112,6 +113,7 @@ class Isolation:
             "umask": 0o022 if self.mode == "bwrap" else 0o077,
             "limits": limits if self.mode != "none" else {},
             "landlock": self._landlock(place) if self.landlock else None,
+            "killer": place.killer,
             "scratch": list(_SCRATCH) if self.mode == "user" else [],
         }
 

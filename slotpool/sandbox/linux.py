@@ -128,6 +128,15 @@ def drop_capabilities() -> None:
         raise _failed("capset")
 
 
+def effective_capabilities() -> int:
+    """A bit for each of the first 64 that this process has in effect."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)()
+    if _libc.capget(ctypes.byref(header), data) < 0:
+        raise _failed("capget")
+    return int(data[0].effective) | int(data[1].effective) << 32
+
+
 def remove_ipc_objects(uid: int) -> None:
     """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns."""
     removers: dict[str, Callable[[int], int]] = {

@@ -177,17 +177,13 @@ class Sandbox:
         self._control = None
         return pid
 
-    def kill_what_is_found(self) -> None:
-        """Make room, if the slot has taken all processes that may be had."""
-
-    def help_to_kill(self, act: Callable[[], bool]) -> None:
-        """Let a child process call ``act``, which kills and says whether nothing is left."""
+    def in_helper(self, act: Callable[[], bool]) -> None:
+        """Let a child process call ``act``, which takes a while, and says whether nothing is left of the sandbox."""
         try:
             pid = os.fork()
         except OSError as e:
             print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
-            self.kill_what_is_found()
-            self.nursery.later(functools.partial(self.help_to_kill, act))
+            self.nursery.later(functools.partial(self.in_helper, act))
             return
         if pid == 0:
             try:
@@ -215,20 +211,55 @@ class PlainSandbox(Sandbox):
         # and not in the helper, which would take another sandbox's helper for one.
         strays = [pid for pid in killing.children(os.getpid()) if pid not in self.nursery.exited]
         roots = strays + ([self._zygote] if self._zygote is not None else [])
-        self.help_to_kill(lambda: all(killing.kill_tree(root) for root in roots))
+        self.in_helper(lambda: all(killing.kill_tree(root) for root in roots))
 
 
 class UserSandbox(Sandbox):
     """Mode ``user``: the processes are found by their user."""
 
     def start(self) -> None:
+        self._dying: set[int] = set()
         self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
 
-    def kill_what_is_found(self) -> None:
-        confine.kill_processes_of(self.order["uid"])
-
     def kill(self) -> None:
-        self.help_to_kill(lambda: confine.clear_user(self.order["uid"], self.order["gid"], self.order["scratch"]))
+        try:
+            self._dying = set(confine.kill_user(self.order["uid"], self.order["killer"]))
+        except OSError as e:
+            print(f"slotpool: can't end a sandbox: {e}", file=sys.stderr, flush=True)
+            self.survived()
+            return
+        for fd in self._dying:
+            self.nursery.watch(fd, functools.partial(self._one_died, fd))
+        if not self._dying:
+            self._clear()
+
+    def _one_died(self, fd: int) -> None:
+        self._dying.discard(fd)
+        self.nursery.unwatch(fd)
+        os.close(fd)
+        if not self._dying:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Remove what it has left in shared places; apart, if that may take a while."""
+        uid, scratch = self.order["uid"], self.order["scratch"]
+        try:
+            linux.remove_ipc_objects(uid)
+        except OSError as e:
+            print(f"slotpool: can't clear up after a sandbox: {e}", file=sys.stderr, flush=True)
+            self.survived()
+            return
+        left = [directory for directory in scratch if trees.may_be_owned(directory, uid)]
+
+        def remove() -> bool:
+            for directory in left:
+                trees.remove_owned(directory, uid)
+            return True
+
+        if left:
+            self.in_helper(remove)
+        else:
+            self.died()
 
 
 class BwrapSandbox(Sandbox):

@@ -98,13 +98,14 @@ class TenancyMaker:
             trees.remove_tree(place.directory)
 
     def _make_place(self, chosen: Isolation, network: bool) -> Place:
-        uid, gid = os.geteuid(), os.getegid()
+        uid, gid, killer = os.geteuid(), os.getegid(), -1
         if chosen.own_users:
             assert self._users is not None
+            killer = self._users.killer
             with self._users_lock:
                 uid = gid = self._users.take()
         directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
-        place = Place(directory, self._etc, uid, gid, network)
+        place = Place(directory, self._etc, uid, gid, killer, network)
         # A slot can open its workspace to everybody, but not the way to it.
         os.mkdir(directory, 0o710)
         if uid != os.geteuid():

@@ -24,6 +24,8 @@ class UserBlock:
 
     Ids go round, so what a lease might leave behind under its user belongs to nobody for the next few thousand leases.
     Not thread-safe.
+
+    :ivar killer: one of them, which no lease ever gets.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,8 @@ class UserBlock:
             if fd is not None:
                 self.fd = fd
                 self.first = first
-                self._ids = itertools.cycle(range(first, first + BLOCK))
+                self.killer = first
+                self._ids = itertools.cycle(range(first + 1, first + BLOCK))
                 self._in_use: set[int] = set()
                 self.clear()
                 return
@@ -44,7 +47,7 @@ class UserBlock:
 
     def take(self) -> int:
         """An id that nobody uses."""
-        for _ in range(BLOCK):
+        for _ in range(BLOCK - 1):
             uid = next(self._ids)
             if uid not in self._in_use:
                 self._in_use.add(uid)

@@ -25,7 +25,7 @@ class Warmer:
     def call_ended(self, cell: Cell) -> None:
         """A shell of ``cell`` has been used, and the answer is on its way."""
         if not cell.armed:  # calls come so fast that the stock is gone
-            fill(cell, 1)
+            arm(cell, 1)
         self._due.put((time.monotonic() + _PAUSE, cell))
 
     def _run(self) -> None:
@@ -35,15 +35,15 @@ class Warmer:
                 return
             due, cell = entry
             time.sleep(max(0.0, due - time.monotonic()))
-            fill(cell, _STOCK)
+            arm(cell, _STOCK)  # one for one: several in a row would keep the zygote from telling the end of a call
 
     def stop(self) -> None:
         self._due.put(None)
         self._thread.join()
 
 
-def fill(cell: Cell, count: int) -> None:
+def arm(cell: Cell, stock: int) -> None:
     try:
-        cell.arm(count)
+        cell.arm(stock)
     except OSError:  # the sandbox is gone or broken; the next call finds out, and mends it
         pass

@@ -111,7 +111,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nomad]:
         extra = (
             f'plugin_dir = "{directory}/plugins"\nplugin "{PODMAN_PLUGIN}" {{\n  config {{ socket_path = "{address}" }}\n}}\n'
         )
-        with an_agent(drivers="podman", extra=extra) as nomad:
+        with an_agent(drivers="docker,raw_exec,podman", extra=extra) as nomad:
             yield nomad
     finally:
         service.terminate()
@@ -120,10 +120,10 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nomad]:
 
 def test_podman(podman: Nomad, docker: None, built: str) -> None:
     require(podman, "podman")
-    saved = subprocess.Popen(["docker", "save", built], stdout=subprocess.PIPE)
     name = f"localhost/{built}"
-    subprocess.run(["podman", "load", "-q"], stdin=saved.stdout, check=True, capture_output=True)
-    assert saved.wait() == 0
+    with subprocess.Popen(["docker", "save", built], stdout=subprocess.PIPE) as saved:
+        subprocess.run(["podman", "load", "-q"], stdin=saved.stdout, check=True, capture_output=True)
+    assert saved.returncode == 0
     try:
         does_the_main_job(podman, driver="podman", image=name)
     finally:

@@ -111,6 +111,16 @@ def test_what_can_be_misunderstood_is_refused(start: Start, sent: bytes, status:
     assert b"smuggled" not in told
 
 
+def test_heads_that_are_alike_are_each_understood(start: Start) -> None:
+    _, port = start()
+    alike = [b"PUT /%d HTTP/1.1\r\nHost: x\r\nContent-Length: %s\r\n\r\n" % pair for pair in ((1, b"3"), (1, b"2"), (2, b"2"))]
+    told = talk(port, alike[0] + b"abc" + alike[1] + b"ab" + alike[2] + b"ab" + get("/3") + b"\r\nContent-Length: 5\r\n\r\n")
+    for answer in (b"PUT /1   3", b"PUT /1   2", b"PUT /2   2", b"GET /3   0", b"400 Bad Request"):
+        assert answer in told
+    for last in (b"1\r\nContent-Length: 1", b"-1", b"", b"1" * 20):
+        assert b"400 Bad Request" in talk(port, alike[0] + b"abc" + alike[0].replace(b"3\r\n\r\n", last + b"\r\n\r\n"))
+
+
 def test_headers_that_only_look_like_another_are_none(start: Start) -> None:
     _, port = start()
     assert talk(port, get("/", "Slotpool_Lease: stolen")).endswith(b"GET /   0")
