@@ -40,7 +40,8 @@ def run(pool: SlotPool, rounds: int) -> list[Figure]:
         for pace, name in ((_PACE, "10 ms apart"), (0.0, "back to back")):
             figures += _against_baseline(slot, pace, name, rounds)
         figures += _files(slot, rounds)
-        figures += _large_files(slot)
+        if pool.config.backend == "local":  # else they may be larger than its servers' memory, which others share
+            figures += _large_files(slot)
     figures += _leases(pool, rounds)
     figures += _at_once(pool, rounds)
     if pool.config.backend == "local":  # else its servers are not this process's, and who waits makes it grow
@@ -241,7 +242,7 @@ def as_text(told: dict[str, Any]) -> str:
         ratio = f"{figure['ratio']:.2f}" if figure["ratio"] is not None else ""
         before = f"  was {_shown(figure['before'])}" if figure.get("before") is not None else ""
         if before and figure["value"] is not None:
-            before += f", now {figure['value'] / figure['before']:.2f} times that"
+            before += "" if not figure["before"] else f", now {figure['value'] / figure['before']:.2f} times that"
         line = f"{figure['name']:52} {_shown(figure['value']):>10} {figure['unit']:4} {ratio:>10}{before}  {figure['note']}"
         lines.append(line.rstrip())
     return "\n".join(lines)

@@ -189,8 +189,8 @@ class Supply:
         container = tenure.container
         del container.tenures[tenure.token]
         self._has_room(container)
-        container.outbox.append(tenure.token)
         self._owing.add(container)
+        container.outbox.append(tenure.token)
         self._submit_exchange(container)
 
     def uses(self, container: Container) -> bool:
@@ -213,9 +213,17 @@ class Supply:
             container.closed_until = until
             container.outbox += container.tenures
             container.tenures.clear()
-            self._owing.add(container)
+            if container.outbox:
+                self._owing.add(container)
         self.changed()
         self.keep_ready(lambda tenure: not tenure.container.cordoned)
+        self.later(max(0.0, until - time.monotonic()), self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        """Containers that were closed may be used again, unless they have been ended. Without the lock."""
+        with self.lock:
+            self.changed()
+            self.refill()
 
     def _take_outbox(self, container: Container) -> list[str]:
         tokens, container.outbox = container.outbox, []
@@ -228,10 +236,16 @@ class Supply:
         self.changed()
 
     def remove(self, container: Container) -> None:
-        """The lock is held."""
+        """What it is still asked for counts no more. The lock is held."""
         del self.containers[container.id]
         self._owing.discard(container)
+        self._asking -= container.asking
+        container.asking = 0
         self.changed()
+
+    def has(self, container: Container) -> bool:
+        """Whether it is one of the pool's, and not one of before under the same id. The lock is held."""
+        return self.containers.get(container.id) is container
 
     def changed(self) -> None:
         """A container has come, gone, been closed or opened, or has told something new of itself. The lock is held."""
@@ -241,9 +255,10 @@ class Supply:
     def in_order(self) -> list[Container]:
         """Lowest first: those with the highest index are the first to be ended. The lock is held."""
         if self._order is None:
-            self._order = sorted(self.containers.values(), key=lambda container: container.member.index)
-            for position, container in enumerate(self._order):
+            order = sorted(self.containers.values(), key=lambda container: container.member.index)
+            for position, container in enumerate(order):
                 container.position = position
+            self._order = order  # last, as an interrupt may come amid this
         return self._order
 
     def _has_room(self, container: Container) -> None:
@@ -323,7 +338,7 @@ class Supply:
         """Give back what is in the container's outbox and take what is needed, in one request."""
         with self.lock:
             release = self._take_outbox(container)
-            take = max(0, min(self._need(), container.room))
+            take = max(0, min(self._need(), container.room)) if self.has(container) else 0
             hopes = container.exhausted
             container.hoping += take if hopes else 0
             container.asking += 0 if hopes else take
@@ -344,16 +359,17 @@ class Supply:
             with self.lock:
                 if failure is not None:
                     container.outbox = release + container.outbox  # giving back may be repeated
-                    if container.outbox and container.id in self.containers:
+                    if container.outbox and self.has(container):
                         self._owing.add(container)
                 container.hoping -= take if hopes else 0
-                container.asking -= 0 if hopes else take
-                self._asking -= 0 if hopes else take
+                if not hopes and self.has(container):
+                    container.asking -= take
+                    self._asking -= take
                 self._has_room(container)
                 unwanted = self._exchanged(container, take, granted, failure)
                 if answer is not None and self._shared:
-                    if container.told(answer):
-                        self.changed()
+                    if container.told(answer):  # of others' leases; it does not say more
+                        self._standing = None
                     self.demand_changed()
         if unwanted:
             self._return_quietly(container, unwanted)
@@ -372,7 +388,7 @@ class Supply:
             if not granted and self.waiters:  # the server need not have held the request
                 container.retry_at = time.monotonic() + _LEAST
                 self.later(2 * _LEAST, self._look_again)
-        if container.id not in self.containers or container.cordoned or not self.open:
+        if not self.has(container) or container.cordoned or not self.open:
             return [tenure.token for tenure in granted]
         for tenure in granted:
             container.tenures[tenure.token] = tenure

@@ -182,7 +182,7 @@ class Upkeep:
             container.checking = False
             container.answered_at = time.monotonic()
             self._renewed(container, answer)
-            worn = self._is_worn(container)
+            worn = self._supply.has(container) and self._is_worn(container)
             if worn:
                 self._supply.close_off([container], time.monotonic() + CORDON)
         if worn:
@@ -196,7 +196,7 @@ class Upkeep:
             container.checking = False
             # No lease of this pool in it can have outlived this.
             lost = time.monotonic() - container.answered_at > self._config.lease_ttl
-            lost = lost and container.id in self._supply.containers
+            lost = lost and self._supply.has(container)
             others = container.leased_by_others
             if lost:
                 self._admitting.add(container.id)  # until the fleet knows, it is still among the members
@@ -249,7 +249,7 @@ class Upkeep:
         log.warning("%s is given up: %s", container.id, why)
         with self._supply.lock:
             self._admitting.add(container.id)
-            if container.id in self._supply.containers:
+            if self._supply.has(container):
                 self._drop(container, why)
         self._replace(container.member)
 

@@ -58,6 +58,7 @@ def test_servers_on_the_node_itself() -> None:
         assert config["args"][config["args"].index("--port") + 1] == "${NOMAD_PORT_http}"
     assert task_of(driver="exec")["User"] == "root"
     assert "User" not in task_of(driver="raw_exec")
+    assert "User" not in task_of(driver="exec", isolation="none")
     assert task_of(driver="raw_exec", server_command=["/opt/slotpool", "serve"])["Config"]["command"] == "/opt/slotpool"
 
 

@@ -83,8 +83,8 @@ def _task(config: SlotPoolConfig) -> dict[str, Any]:
     return {
         "Name": TASK,
         "Driver": "raw_exec" if config.driver == "apptainer" else config.driver,
-        # In that driver's chroot, of a masked /proc, bubblewrap doesn't work, and all else needs root.
-        **({"User": "root"} if config.driver == "exec" else {}),
+        # In that driver's chroot, of a masked /proc, bubblewrap doesn't work, and the isolation that does needs root.
+        **({"User": "root"} if config.driver == "exec" and config.isolation != "none" else {}),
         "Config": {**_driver_config(config), **config.task_config},
         "Env": dict(config.env),
         "Resources": {"CPU": config.cpu, "MemoryMB": config.memory},
