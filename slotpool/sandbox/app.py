@@ -40,6 +40,7 @@ _REASONS = {
     502: "Bad Gateway",
     503: "Service Unavailable",
 }
+_MOST_FILES = 16  # read or written at once, as each is in memory as a whole
 MAX_TIMEOUT = 86_400.0  # seconds
 MAX_TTL = 3_600.0
 MAX_BATCH = 1_000  # calls, and leases
@@ -71,13 +72,13 @@ class App:
     """The WSGI application. Thread-safe.
 
     :param token: what every request must carry, or None to ask for nothing.
-    :param most_held: how many requests may be held at once, waiting for something; others are answered at once, so that
-        there is always a thread for a renewal.
+    :param most_held: how many requests may be held at once, waiting for something; others are answered at once.
     """
 
     def __init__(self, host: Host, token: str | None, most_held: int) -> None:
         self._host = host
         self._room = threading.Semaphore(most_held)
+        self._files = threading.Semaphore(_MOST_FILES)
         self._token = token.encode() if token is not None else None
         self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
             "/health": {"GET": self._health},
@@ -185,12 +186,14 @@ class App:
         return _json(200, {"network": self._host.reset(slot, lease, network)})
 
     def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
-        content = self._host.read_file(slot, lease, _path(environ))
+        with self._files:
+            content = self._host.read_file(slot, lease, _path(environ))
         return Response(200, content, "application/octet-stream")
 
     def _write_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
-        content = _body(environ, self._host.config.max_file, "content")
-        self._host.write_file(slot, lease, _path(environ), content)
+        with self._files:
+            content = _body(environ, self._host.config.max_file, "content")
+            self._host.write_file(slot, lease, _path(environ), content)
         return Response(204, b"", "")
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn, TypedDict
 from . import landlock, linux
 
 BWRAP_READY = b"ready"
+_MOST_WATCHED = 32
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _NAMESPACES = (
     ("ipc", linux.CLONE_NEWIPC),
@@ -145,13 +146,14 @@ def _forbid_user_namespaces() -> None:
 
 
 def kill_user(uid: int, killer: int) -> list[int]:
-    """Kill all processes of user ``uid``, in one moment; pidfds of those that are dying. As root, in a process without threads.
+    """Kill all processes of user ``uid``, in one moment; pidfds of some that are dying. As root, in a process without threads.
 
     A kill(2) of -1 reaches whatever its caller may signal, and what has the signal pending can't fork. So for that moment this
     process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so that it may signal
     nobody else, and those that it kills may not signal it.
 
-    :raises OSError: nothing was killed.
+    :return: few at a time, so that they can be had; when those are dead, call it again until there is none.
+    :raises OSError: it is not known what is left.
     """
     dying: list[int] = []
     os.setresuid(killer, uid, 0)
@@ -165,11 +167,17 @@ def kill_user(uid: int, killer: int) -> list[int]:
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             if pid == os.getpid():
                 continue
+            if len(dying) == _MOST_WATCHED:
+                break
             try:
                 os.kill(pid, 0)
                 dying.append(os.pidfd_open(pid))
             except (ProcessLookupError, PermissionError):
                 continue
+            except OSError:  # no more descriptors to be had
+                if not dying:
+                    raise
+                break
     finally:
         try:
             os.setresuid(0, 0, 0)

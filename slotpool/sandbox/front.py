@@ -32,6 +32,7 @@ _MOST_LEFT = 1 << 20  # bytes of a body that was not read which are taken off th
 _IDLE = 120.0  # seconds until a connection without a request is closed
 _HEAD_LIMIT = 10.0  # seconds for a head to come in whole
 _SILENCE = 30.0  # seconds without a byte, either way, amid a request or an answer
+_LINGER = 2.0  # seconds for which what is left of a body that was not read may come
 _END_LIMIT = 5.0  # seconds that requests under way have when the server ends
 _LENGTH_LAST = b"\r\nContent-Length: "
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/1\.([01])")
@@ -92,19 +93,29 @@ class Front:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = _Connection(self, self._app, sock)
+            if not self._make_room():
+                sock.close()
+                continue
             with self._lock:
                 self._open.add(connection)
-                idle = [one for one in self._open if one.idle_since] if len(self._open) > self._most else []
-            if idle:
-                min(idle, key=lambda one: one.idle_since).hang_up()
-            elif len(self._open) > self._most:
-                self.forget(connection)
-                continue
             try:
                 threading.Thread(target=connection.serve, name="slotpool-http", daemon=True).start()
             except RuntimeError as e:  # no more threads to be had
                 log.warning("a connection could not be served: %s", e)
                 self.forget(connection)
+
+    def _make_room(self) -> bool:
+        """For one more connection, at the cost of that which has been idle for longest."""
+        with self._lock:
+            if len(self._open) < self._most:
+                return True
+            idle = [(since, id(one), one) for one in self._open if (since := one.idle_since)]
+            if not idle:
+                return False
+            _, _, longest = min(idle)
+            self._open.discard(longest)
+        longest.hang_up()
+        return True
 
     def forget(self, connection: _Connection) -> None:
         with self._lock:
@@ -179,14 +190,17 @@ class _Connection:
             return False
         body = self._body(length, environ.get("HTTP_EXPECT", "").lower() == "100-continue")
         environ["wsgi.input"] = body.stream
-        keep = self._answer(environ, keep) and keep
-        if body.left:
-            if not keep or body.left > _MOST_LEFT:
+        keep = self._answer(environ, body, keep)
+        self.idle_since = time.monotonic()  # whatever comes of the body: it can make room for others
+        if not keep:
+            if body.left:
                 self._linger()
-                return False
-            while body.left:
-                body.stream.read(_READ_SIZE)
-        return keep
+            return False
+        deadline = time.monotonic() + _LINGER
+        while body.left:
+            self._sock.settimeout(max(0.001, deadline - time.monotonic()))
+            body.stream.read1(min(_READ_SIZE, body.left))
+        return True
 
     def _receive_head(self) -> bytes:
         """All up to the empty line, without it; what came after it is kept."""
@@ -221,12 +235,13 @@ class _Connection:
 
     def _parse(self, head: bytes) -> tuple[dict[str, Any], int, bool]:
         """As :func:`_parse`. A client's heads often differ in nothing but a Content-Length at their end."""
-        begin, separator, digits = head.rpartition(_LENGTH_LAST)
-        if separator and begin == self._last[0] and 0 < len(digits) < 19 and digits.isdigit():
+        begin, _, digits = head.rpartition(_LENGTH_LAST)
+        last = 0 < len(digits) < 19 and digits.isdigit()  # nothing else comes after it
+        if last and begin == self._last[0]:
             return {**self._last[1], "CONTENT_LENGTH": digits.decode()}, int(digits), self._last[2]
         environ, length, keep = _parse(head)
         environ.update(self._front.environ)
-        if separator:
+        if last:
             self._last = begin, environ.copy(), keep
         return environ, length, keep
 
@@ -238,7 +253,7 @@ class _Connection:
         rest = _Rest(self._sock, begun, length, b"HTTP/1.1 100 Continue\r\n\r\n" if expects and not begun else b"")
         return _Body(io.BufferedReader(rest, _READ_SIZE), rest)
 
-    def _answer(self, environ: dict[str, Any], keep: bool) -> bool:
+    def _answer(self, environ: dict[str, Any], body: _Body, keep: bool) -> bool:
         """Call the application and send what it says; whether the connection may be kept."""
         told: list[tuple[str, list[tuple[str, str]]]] = []
 
@@ -252,6 +267,7 @@ class _Connection:
             first = next(chunks, b"")
             ((status, headers),) = told
             keep = keep and (status[:3] in ("204", "304") or any(name.lower() == "content-length" for name, _ in headers))
+            keep = keep and not body.is_unwanted
             self._sock.settimeout(_SILENCE)
             if environ["REQUEST_METHOD"] == "HEAD":
                 self._send(_head(status, headers, keep), b"")
@@ -268,14 +284,16 @@ class _Connection:
     def _send(self, head: bytes, body: bytes) -> None:
         if len(body) <= _JOINED:
             self._sock.sendall(head + body)
-        else:
-            self._sock.sendall(head)
-            self._sock.sendall(body)
+            return
+        self._sock.sendall(head)
+        view = memoryview(body)
+        for at in range(0, len(view), _READ_SIZE):  # a socket's time-out is for the whole of what is sent at once
+            self._sock.sendall(view[at : at + _READ_SIZE])
 
     def _linger(self) -> None:
         """Take what is still being sent for a moment, as closing at once would reset the connection and lose the answer."""
         self._sock.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + 2.0
+        deadline = time.monotonic() + _LINGER
         left = 64 * _MOST_LEFT
         while left > 0 and time.monotonic() < deadline:
             self._sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -292,16 +310,16 @@ class _Rest(io.RawIOBase):
     def __init__(self, sock: socket.socket, begun: bytes, length: int, greeting: bytes) -> None:
         self._sock = sock
         self._begun = begun
-        self._greeting = greeting  # what the other side waits for before it sends the body
+        self.greeting = greeting  # what the other side waits for before it sends the body
         self.left = length
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._greeting:
-            self._sock.sendall(self._greeting)
-            self._greeting = b""
+        if self.greeting:
+            self._sock.sendall(self.greeting)
+            self.greeting = b""
         most = min(len(buffer), self.left)
         if self._begun:
             count = min(most, len(self._begun))
@@ -318,6 +336,11 @@ class _Body:
     def __init__(self, stream: io.BytesIO | io.BufferedReader, rest: _Rest | None) -> None:
         self.stream = stream
         self._rest = rest
+
+    @property
+    def is_unwanted(self) -> bool:
+        """Whether it is not worth being received any more; or may never be sent, as nobody has asked for it."""
+        return self._rest is not None and (self._rest.left > _MOST_LEFT or bool(self._rest.greeting))
 
     @property
     def left(self) -> int:

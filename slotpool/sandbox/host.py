@@ -225,6 +225,8 @@ class Host:
         with self._changed:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
+                if not self._closing:
+                    self._cleaners.submit(self._make_spare)
                 return network
         self._maker.end(fresh)
         raise protocol.lease_lost(slot)

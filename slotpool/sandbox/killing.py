@@ -1,20 +1,23 @@
-"""Find the processes of a call, or of a sandbox, and kill them all, whatever they do meanwhile. Standard library alone.
+"""Find the processes of a call, or of a sandbox, and kill them all. Standard library alone.
 
-What a call starts carries its *mark*: the hard limit RLIMIT_RSS. Each process inherits it, nobody can raise it again, and it
-has had no effect since Linux 2.4 (setrlimit(2)). So a process is found that has left its parent and its session.
+What a call starts carries its *mark*: the hard limit RLIMIT_RSS. Each process inherits it, and it has had no effect since Linux
+2.4 (setrlimit(2)). So a process is found that has left its parent and its session. It can lower its own; if it has left its
+parents too, it is then known by having no mark that was given out.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Callable
 
 KILL_LIMIT = 1.0  # seconds
+_LEAST_LIMIT = 1 << 24  # bytes; as many calls can be told apart
 _FIRST_MARK = 1 << 62  # bytes; programs that look at this limit take it for none
 
 
@@ -23,7 +26,12 @@ class Marks:
 
     def __init__(self) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_RSS)
-        self._next = _FIRST_MARK if hard == resource.RLIM_INFINITY else min(hard, _FIRST_MARK)
+        if hard != resource.RLIM_INFINITY and hard < _LEAST_LIMIT:
+            raise OSError(
+                errno.EINVAL, f"expected a hard limit RLIMIT_RSS (ulimit -m) of at least {_LEAST_LIMIT} bytes, got {hard}"
+            )
+        # Below what was inherited, which is another call's mark if this is a server inside a slot.
+        self._first = self._next = _FIRST_MARK if hard == resource.RLIM_INFINITY else min(hard - 1, _FIRST_MARK)
 
     def put_on(self) -> int:
         """Mark this process, and so what it starts from now on.
@@ -35,10 +43,26 @@ class Marks:
         self._next -= 1
         return mark
 
+    def kill(self, mark: int, root: int, others: Collection[int]) -> bool:
+        """Kill the call that has ``mark`` and the process ``root``, as far as it descends from this process, a child
+        subreaper; False if that took over ``KILL_LIMIT``.
 
-def kill_marked(mark: int) -> bool:
-    """Kill all that have ``mark``, and their descendants, but not this process; False if that took over ``KILL_LIMIT``."""
-    return _kill_all(lambda: _marked(mark))
+        :param root: it is left to be waited for.
+        :param others: the processes of other calls.
+        """
+        return _kill_all(lambda: self._of_call(mark, root, others))
+
+    def _of_call(self, mark: int, root: int, others: Collection[int]) -> set[int]:
+        living = list(_living())
+        ours = _descendants([os.getpid()], living)
+        marks = {pid: _mark_of(pid) for pid in ours}
+        # What has come to this process without a mark that was given out has taken it off; an earlier call's has its own.
+        strays = {pid for pid, parent in living if parent == os.getpid() and not self._was_given(marks.get(pid))}
+        roots = [pid for pid in ours if pid == root or marks[pid] == mark or (pid in strays and pid not in others)]
+        return _descendants(roots, living).union(roots)
+
+    def _was_given(self, mark: int | None) -> bool:
+        return mark is not None and self._next < mark <= self._first
 
 
 def kill_tree(root: int) -> bool:
@@ -99,12 +123,6 @@ def children(parent: int) -> list[int]:
     return [pid for pid, above in _living() if above == parent]
 
 
-def _marked(mark: int) -> set[int]:
-    living = list(_living())
-    roots = [pid for pid, _ in living if pid != os.getpid() and _mark_of(pid) == mark]
-    return _descendants(roots, living).union(roots)
-
-
 def _mark_of(pid: int) -> int | None:
     try:
         return resource.prlimit(pid, resource.RLIMIT_RSS)[1]
@@ -135,5 +153,13 @@ def _living() -> Iterator[tuple[int, int]]:
                 fields = f.read().rpartition(b")")[2].split()  # the command's name before it may hold anything
         except OSError:
             continue
-        if fields[0] not in (b"Z", b"X"):
+        if fields[0] not in (b"Z", b"X") or _has_threads(name):
             yield int(name), int(fields[1])
+
+
+def _has_threads(pid: str) -> bool:
+    """Whether a process whose first thread has ended has others."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False

@@ -225,8 +225,8 @@ class UserSandbox(Sandbox):
         try:
             self._dying = set(confine.kill_user(self.order["uid"], self.order["killer"]))
         except OSError as e:
-            print(f"slotpool: can't end a sandbox: {e}", file=sys.stderr, flush=True)
-            self.survived()
+            print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
+            self.nursery.later(self.kill)
             return
         for fd in self._dying:
             self.nursery.watch(fd, functools.partial(self._one_died, fd))
@@ -238,7 +238,7 @@ class UserSandbox(Sandbox):
         self.nursery.unwatch(fd)
         os.close(fd)
         if not self._dying:
-            self._clear()
+            self.kill()  # what is left
 
     def _clear(self) -> None:
         """Remove what it has left in shared places; apart, if that may take a while."""

@@ -116,7 +116,7 @@ def _sweep(parent: str) -> None:
             if not name.startswith(_PREFIX) or os.lstat(directory).st_uid != os.geteuid():
                 continue
             with _settled(parent):
-                fd = _lock(directory)
+                fd = _lock(directory, os.O_CREAT)  # one without a lock was left half made, or half removed
         except OSError:  # in use, or removed
             continue
         try:

@@ -192,7 +192,7 @@ class Zygote:
         _tell(call.sock, status)
 
     def _kill(self, call: _Call) -> None:
-        if not killing.kill_marked(call.mark):
+        if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):
             os._exit(1)  # the server replaces the whole sandbox
         self._collect()
 

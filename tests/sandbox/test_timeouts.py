@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 
 import pytest
-from conftest import MODES, StartServer
+from conftest import MODES, PACKAGE, StartServer
 
 from slotpool import CommandFailed, SlotPool
 
@@ -32,6 +34,41 @@ def test_everything_that_the_call_started_is_killed(start_server: StartServer, m
     assert others["stdout"].strip() == "2", "what an earlier call left running lives on"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_call_that_takes_its_mark_off_is_killed_all_the_same(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, f"sleep 1000{OURS} & echo")
+    for command in (f"ulimit -m 1000; sleep 101{OURS}", f"(ulimit -m 1000; setsid sleep 102{OURS} &); sleep 103{OURS}"):
+        result = server.bash(lease, command, timeout=0.5)
+        assert (result["timed_out"], result["restarted"]) == (True, False)
+        assert server.bash(lease, COUNT)["stdout"].strip() == "0"
+    others = server.bash(lease, f"pgrep -u $(id -u) -f '^sleep 1000{OURS}$' | wc -l")
+    assert others["stdout"].strip() == "1"
+
+
+def test_another_slots_call_is_left_alone(start_server: StartServer) -> None:
+    server = start_server("none", slots=2)
+    one, other = server.lease(2)
+    results = []
+    calm = threading.Thread(target=lambda: results.append(server.bash(other, "sleep 3; echo fine", timeout=60)))
+    calm.start()
+    assert server.bash(one, f"sleep 101{OURS}", timeout=1.0)["timed_out"]
+    calm.join()
+    assert [result["stdout"] for result in results] == ["fine\n"]
+
+
+def test_a_server_inside_a_slot_outlives_a_time_out() -> None:
+    inner = (
+        "from slotpool import SlotPool\n"
+        "with SlotPool(isolation='none', slots_per_container=1, max_containers=1) as pool, pool.slot() as s:\n"
+        "    print(s.bash('sleep 100', timeout=0.5).timed_out, s.bash('echo well').stdout.strip())\n"
+    )
+    with SlotPool(isolation="none", slots_per_container=1) as pool, pool.slot() as s:
+        told = s.bash(f"{sys.executable} -", stdin=inner, env={"PYTHONPATH": PACKAGE}, timeout=60)
+        assert told.stdout == "True well\n", told.stderr
+
+
 def test_a_process_that_ignores_signals_and_hides_is_killed(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
@@ -54,8 +91,6 @@ def test_a_process_that_ignores_signals_and_hides_is_killed(start_server: StartS
 
 def test_calls_side_by_side_time_out_apart(pool: SlotPool) -> None:
     with pool.slot() as s:
-        import threading
-
         results = {}
 
         def run(name: str, command: str, timeout: float) -> None:

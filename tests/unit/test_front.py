@@ -121,6 +121,56 @@ def test_heads_that_are_alike_are_each_understood(start: Start) -> None:
         assert b"400 Bad Request" in talk(port, alike[0] + b"abc" + alike[0].replace(b"3\r\n\r\n", last + b"\r\n\r\n"))
 
 
+def test_nothing_of_a_request_is_in_the_next_one(start: Start) -> None:
+    _, port = start()
+    first = b"PUT /1 HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nSlotpool-Lease: mine\r\n\r\nab"
+    second = b"PUT /1 HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nab"
+    told = talk(port, first + second + second)
+    assert told.count(b"PUT /1  mine 2") == 1
+    assert told.count(b"PUT /1   2") == 2
+
+
+def test_who_was_not_asked_for_a_body_may_keep_it(start: Start) -> None:
+    _, port = start()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(b"PUT /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 60\r\nExpect: 100-continue\r\n\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        told = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert b"Connection: close" in told
+    assert told.endswith(b"PUT /unread   0")
+
+
+def test_a_body_that_does_not_come_keeps_nobody_out(start: Start) -> None:
+    _, port = start(most=3)
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(3)]
+    try:
+        for sock in silent:
+            sock.sendall(b"PUT /unread HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            assert b"PUT /unread" in sock.recv(1000)
+        assert talk(port, get("/")).endswith(b"GET /   0")
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def test_a_slow_reader_gets_all_of_a_large_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_SILENCE", 1.0)
+    size = 20_000_000
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Length", str(size))])
+        return [bytes(size)]
+
+    _, port = start(large)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(get("/", "Connection: close"))
+        got = 0
+        while chunk := sock.recv(65536):
+            got += len(chunk)
+            threading.Event().wait(0.007)
+    assert got > size
+
+
 def test_headers_that_only_look_like_another_are_none(start: Start) -> None:
     _, port = start()
     assert talk(port, get("/", "Slotpool_Lease: stolen")).endswith(b"GET /   0")
