@@ -163,7 +163,6 @@ class Upkeep:
                 if not container.checking:
                     container.checking = True
                     self._background.submit(self._check, container)
-            self._supply.changed()  # a closing's time may be up
             self._resizer.decide_shrink()
         self.sync()  # one that could not be admitted is tried again, one that is missing is replaced
         with self._supply.lock:

@@ -57,11 +57,11 @@ def _kept(path: str) -> dict[str, Any]:
     try:
         with open(path) as file:
             kept = json.load(file)
-        if all(isinstance(figure["value"], (int, float, type(None))) and figure["name"] for figure in kept["figures"]):
-            return dict(kept)
+        if not all(isinstance(figure["value"], (int, float, type(None))) and figure["name"] for figure in kept["figures"]):
+            raise ValueError("figures without a name or a number")
+        return dict(kept)
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise SlotPoolError(f"--compare: expected a file that `slotpool bench --save` has written, got {path}: {e!r}") from e
-    raise SlotPoolError(f"--compare: expected a file that `slotpool bench --save` has written, got other figures in {path}")
 
 
 def _require_writable(path: str) -> None:

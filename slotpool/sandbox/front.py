@@ -208,7 +208,7 @@ class _Connection:
         deadline = 0.0
         while True:
             end = self._received.find(b"\r\n\r\n")
-            if max(end, len(self._received) if end < 0 else 0) > _MAX_HEAD:
+            if (end if end >= 0 else len(self._received)) > _MAX_HEAD:
                 raise _Refused("431 Request Header Fields Too Large", f"expected a head of at most {_MAX_HEAD} bytes")
             if end >= 0:
                 break
@@ -371,7 +371,7 @@ def _parse(head: bytes) -> tuple[dict[str, Any], int, bool]:
             raise _Refused("400 Bad Request", "expected header lines of a name, a colon and a value without control characters")
         if b"_" in name:
             continue  # it would pass for the one with dashes
-        key = _KEYS.get(name) or "HTTP_" + name.decode().upper().replace("-", "_")
+        key = _KEYS.get(name) or _key(name)
         text = value.strip(b" \t").decode("latin-1")
         environ[key] = f"{environ[key]},{text}" if key in environ else text
     if minor == b"1" and "HTTP_HOST" not in environ:
@@ -395,10 +395,12 @@ def _origin_form(target: bytes) -> bytes:
     return target
 
 
-_KEYS = {
-    name: "HTTP_" + name.decode().upper().replace("-", "_")
-    for name in (b"Host", b"Authorization", b"Content-Length", b"Slotpool-Lease")
-}
+def _key(name: bytes) -> str:
+    """What a header is called in the environment."""
+    return "HTTP_" + name.decode().upper().replace("-", "_")
+
+
+_KEYS = {name: _key(name) for name in (b"Host", b"Authorization", b"Content-Length", b"Slotpool-Lease")}
 
 
 def _head(status: str, headers: list[tuple[str, str]], keep: bool) -> bytes:

@@ -44,9 +44,8 @@ class Host:
         self.isolation = self._maker.isolation
         self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]
-        self._changed = (
-            threading.Condition()
-        )  # guards _table, _tenancies, the spare and _closing; signalled when a slot becomes free
+        # Guards _table, _tenancies, the spare and _closing; signalled when a slot becomes free.
+        self._changed = threading.Condition()
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
         self._spare: Tenancy | None = None  # made in advance, so that a slot which is given back need not wait for one
@@ -79,8 +78,11 @@ class Host:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
             self._changed.notify_all()
-            closing = self._closing
-        if not closing:
+            self._restock()
+
+    def _restock(self) -> None:
+        """Have a spare made, if there is none then. The lock is held, so that the cleaners have not ended."""
+        if not self._closing:
             self._cleaners.submit(self._make_spare)
 
     def _take_spare(self) -> Tenancy | None:
@@ -225,8 +227,7 @@ class Host:
         with self._changed:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
-                if not self._closing:
-                    self._cleaners.submit(self._make_spare)
+                self._restock()
                 return network
         self._maker.end(fresh)
         raise protocol.lease_lost(slot)
