@@ -65,6 +65,8 @@ class Output:
 
     def text(self) -> str:
         """What was kept, as UTF-8, other bytes as surrogate escapes; a line in between says how much was left out."""
+        if not self._total:
+            return ""
         if not self.truncated:
             return self.kept().decode("utf-8", "surrogateescape")
         head = bytes(self._head[: _whole_characters(self._head)])
@@ -129,9 +131,9 @@ class Job:
 
 
 class Driver:
-    """Feed and read calls, side by side, until each has ended. Used by one thread at a time.
+    """Feed and read calls, side by side, until each has ended. Used by one thread at a time; :meth:`close` it in the end.
 
-    Each call's descriptors are closed as it ends. A call past its deadline is killed; if that can't be
+    A call past its deadline is killed; if that can't be
     confirmed in ``KILL_LIMIT`` seconds, its outcome is ``lost``.
     """
 
@@ -139,14 +141,14 @@ class Driver:
         self._poll = select.poll()
         self._handles: dict[int, tuple[Job, str]] = {}
         self._open = set(jobs)
+        self._ended: list[Call] = []  # their descriptors are closed when there is time
         for job in jobs:
             call = job.call
             self._watch(job, "status", call.sock.fileno(), select.POLLIN)
             self._watch(job, "stdout", call.stdout, select.POLLIN)
             self._watch(job, "stderr", call.stderr, select.POLLIN)
-            call.feed_all()
-            for feed in call.feeds:
-                self._watch(job, "feed", feed.fd, select.POLLOUT)
+            for fd in call.feed_all():
+                self._watch(job, "feed", fd, select.POLLOUT)
 
     def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
         self._handles[fd] = job, what
@@ -159,6 +161,8 @@ class Driver:
     def run(self, until: float = float("inf")) -> bool:
         """Go on until all have ended, or until that time on the monotonic clock; whether all have ended."""
         while self._open:
+            if self._ended:
+                self.close()
             now = time.monotonic()
             first = min(job.due for job in self._open)
             if now >= first:
@@ -179,9 +183,8 @@ class Driver:
             self._finish(job)
         elif what == "feed":
             job.moved = time.monotonic()
-            if event & select.POLLERR or job.call.feed(fd):
+            if job.call.feed(fd):
                 self._unwatch(fd)
-                job.call.close_feed(fd)
         else:
             try:
                 chunk = os.read(fd, _READ_SIZE)
@@ -206,14 +209,24 @@ class Driver:
         for fd, output in ((call.stdout, job.outcome.stdout), (call.stderr, job.outcome.stderr)):
             if fd in self._handles:
                 _drain(fd, output)
-        for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
-            self._unwatch(fd)
+        self._open.discard(job)
+        if self._open:
+            for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
+                self._unwatch(fd)
+        else:
+            self._handles.clear()  # nothing is waited for any more
         status = job.outcome.status
         job.outcome.never_began = status is not None and status > 0 and call.script_unread()
-        job.outcome.cancelled = call.close()
+        job.outcome.cancelled = call.end()
         job.outcome.duration = time.monotonic() - job.started
-        self._open.discard(job)
+        self._ended.append(call)
         job.on_end()
+
+    def close(self) -> None:
+        """Close the descriptors of the calls that have ended: once the answer is on its way, as nobody waits for that."""
+        for call in self._ended:
+            call.close()
+        self._ended.clear()
 
 
 def _drain(fd: int, output: Output) -> None:

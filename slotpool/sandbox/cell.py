@@ -137,7 +137,7 @@ class Cell:
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
-        call.set_feed("script", script)
+        call.set_feed("script", zygote.framed(script))
         if stdin is not None:
             call.set_feed("stdin", stdin)
         return call
@@ -221,9 +221,10 @@ class Call:
 
         :raises OSError: if the sandbox is gone or does not take orders.
         """
-        self._lock = threading.Lock()  # guards _closed and _cancelled against cancel() from other threads
-        self._closed = False
+        self._lock = threading.Lock()  # guards the next two against cancel() from other threads
+        self._ended = False
         self._cancelled = False
+        self._closed = False
         self.cell = cell
         self.feeds: list[Feed] = []
         self._script: int | None = None
@@ -260,7 +261,7 @@ class Call:
         next(feed for feed in self.feeds if feed.name == name).rest = memoryview(content)
 
     def feed(self, fd: int) -> bool:
-        """Write as much as the pipe takes; True once everything is written, or nobody reads it."""
+        """Write as much as the pipe takes; True once everything is written, or nobody reads it, and the pipe needs no more."""
         feed = next(feed for feed in self.feeds if feed.fd == fd)
         try:
             while feed.rest:
@@ -269,17 +270,14 @@ class Call:
             return False
         except BrokenPipeError:
             pass
+        if feed.name != "script":  # whose reader knows its length
+            self.feeds.remove(feed)
+            os.close(fd)
         return True
 
-    def feed_all(self) -> None:
-        """Write as much as the pipes take, and close those that have got everything."""
-        for feed in self.feeds:
-            if self.feed(feed.fd):
-                self.close_feed(feed.fd)
-
-    def close_feed(self, fd: int) -> None:
-        self.feeds = [feed for feed in self.feeds if feed.fd != fd]
-        os.close(fd)
+    def feed_all(self) -> list[int]:
+        """Write as much as the pipes take; those that take more later."""
+        return [feed.fd for feed in list(self.feeds) if not self.feed(feed.fd)]
 
     def has_ended(self) -> bool:
         """Whether :meth:`read_status` would return at once."""
@@ -310,7 +308,7 @@ class Call:
     def cancel(self) -> None:
         """:meth:`kill`, and remember that it was asked for. Nothing if the call has ended. Thread-safe."""
         with self._lock:
-            if not self._closed:
+            if not self._ended:
                 self._cancelled = True
                 self._kill()
 
@@ -320,16 +318,22 @@ class Call:
         except OSError:  # it has ended
             pass
 
-    def close(self) -> bool:
-        """Close everything; a process that still runs is killed. Whether the call was cancelled."""
+    def end(self) -> bool:
+        """From now on it can't be cancelled; whether it was."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.sock.close()
-                os.close(self.stdout)
-                os.close(self.stderr)
-                if self._script is not None:
-                    os.close(self._script)
-                for feed in self.feeds:
-                    os.close(feed.fd)
+            self._ended = True
             return self._cancelled
+
+    def close(self) -> None:
+        """Close everything; a process that still runs is killed."""
+        self.end()
+        if self._closed:
+            return
+        self._closed = True
+        self.sock.close()
+        os.close(self.stdout)
+        os.close(self.stderr)
+        if self._script is not None:
+            os.close(self._script)
+        for feed in self.feeds:
+            os.close(feed.fd)

@@ -20,6 +20,10 @@ from .protocol import RequestFailed
 MAX_COMMAND = 1024 * 1024  # bytes
 _MAX_FAILURE = 4096  # bytes in which a file tool tells what went wrong
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_TO_ESCAPE = re.compile(rb"[^ -~]|['\\]")
+_BASH_ARGS = dict.fromkeys("command cwd env stdin allow_network require_sandbox".split())
+_READ_ARGS = dict.fromkeys(["path"])
+_WRITE_ARGS = dict.fromkeys(["path", "content"])
 # Bash does not let these be set.
 _READONLY = frozenset("BASHOPTS BASH_VERSINFO EUID PPID SHELLOPTS UID".split())
 
@@ -58,7 +62,7 @@ class Bash:
     """``bash {command, cwd?, env?, stdin?, allow_network?, require_sandbox?}``"""
 
     def __init__(self, args: Mapping[str, Any], setting: Setting) -> None:
-        _refuse_unknown(args, "command", "cwd", "env", "stdin", "allow_network", "require_sandbox")
+        _refuse_unknown(args, _BASH_ARGS)
         command = _text(args, "command")
         if len(command) > MAX_COMMAND:
             raise protocol.invalid(
@@ -66,8 +70,8 @@ class Bash:
             )
         self.stdout_limit = setting.max_output
         self._stdin = _text(args, "stdin", nul=True) if args.get("stdin") is not None else None
-        # What bash sources before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
-        parts = [b"exec 3<&-;SECONDS=0"]
+        # What bash evaluates before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
+        parts = [b"exec 3<&-;unset REPLY;SECONDS=0"]
         self._cwd, self._nonce = "", b""
         self.stderr_limit = setting.max_output
         if args.get("cwd") is not None:
@@ -77,17 +81,16 @@ class Bash:
             self._cwd = args["cwd"]
             target = b"./" + cwd if cwd.startswith(b"-") else cwd  # `cd -` is another matter
             parts.append(b"cd -- %s||{ printf %%s %s >&2;exit 1;}" % (_quote(target), self._nonce))
-        for name, value in self._env(args).items():
-            parts.append(b"export %s=%s" % (name.encode(), _quote(value)))
+        if args.get("env") is not None:
+            for name, value in self._env(args["env"]).items():
+                parts.append(b"export %s=%s" % (name.encode(), _quote(value)))
         parts.append(b"set -- " + _quote(command))
         self._script = b";".join(parts)
-        self._check_wishes(args, setting)
+        if "allow_network" in args or "require_sandbox" in args:
+            self._check_wishes(args, setting)
 
     @staticmethod
-    def _env(args: Mapping[str, Any]) -> dict[str, bytes]:
-        env = args.get("env")
-        if env is None:
-            return {}
+    def _env(env: object) -> dict[str, bytes]:
         if not isinstance(env, dict):
             raise protocol.invalid("env", "an object of strings", env)
         for name in env:
@@ -120,7 +123,7 @@ class ReadFile:
     """``read_file {path}``"""
 
     def __init__(self, args: Mapping[str, Any], setting: Setting) -> None:
-        _refuse_unknown(args, "path")
+        _refuse_unknown(args, _READ_ARGS)
         self._path = inside(args, setting.workspace)
         self.stdout_limit = self._limit = setting.max_file
         self.stderr_limit = _MAX_FAILURE
@@ -136,7 +139,7 @@ class WriteFile:
     """``write_file {path, content}``; ``content`` is text, or bytes where this is used directly."""
 
     def __init__(self, args: Mapping[str, Any], setting: Setting) -> None:
-        _refuse_unknown(args, "path", "content")
+        _refuse_unknown(args, _WRITE_ARGS)
         self._path = inside(args, setting.workspace)
         content = args.get("content")
         self._content = content if isinstance(content, bytes) else _text(args, "content", nul=True)
@@ -168,10 +171,9 @@ def parse(name: object, args: object, setting: Setting) -> Tool:
     return tool
 
 
-def _refuse_unknown(args: Mapping[str, Any], *known: str) -> None:
-    for name in args:
-        if name not in known:
-            raise protocol.invalid("args", "only " + ", ".join(known), name)
+def _refuse_unknown(args: Mapping[str, Any], known: Mapping[str, None]) -> None:
+    if not args.keys() <= known.keys():
+        raise protocol.invalid("args", "only " + ", ".join(known), next(name for name in args if name not in known))
 
 
 def _text(args: Mapping[str, Any], name: str, nul: bool = False, field: str | None = None) -> bytes:
@@ -189,7 +191,10 @@ def _text(args: Mapping[str, Any], name: str, nul: bool = False, field: str | No
 
 
 def _quote(value: bytes) -> bytes:
-    return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
+    """As a word of bash, in ASCII."""
+    if value.isascii():
+        return b"'" + value.replace(b"'", b"'\"'\"'") + b"'"
+    return b"$'" + _TO_ESCAPE.sub(lambda found: b"\\%03o" % found[0][0], value) + b"'"
 
 
 def inside(args: Mapping[str, Any], workspace: str) -> str:

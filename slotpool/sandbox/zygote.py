@@ -30,16 +30,18 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any, Callable, NoReturn
 
 from . import confine, files, killing, linux
 from .poller import Poller
 
-# Runs in a shell that is started before its command is known. Descriptor 3 is a pipe; its text is sourced, sets the
-# positional parameter 1 to the command (and does all else that must come first), and the command is then evaluated as
-# `bash -c` would. The `shift` puts the positional parameters back; it stands on the command's first line, so that line
-# numbers in error messages are the caller's.
-BOOTSTRAP = '. /proc/self/fd/3;eval "shift;$1"'
+# Runs in a shell that is started before its command is known. From descriptor 3, a pipe, it reads a length and a script of as
+# many characters, see framed(); that sets the positional parameter 1 to the command (and does all else that must come first),
+# which is then evaluated as `bash -c` would. The `shift` puts the positional parameters back; it stands on the command's first
+# line, so that line numbers in error messages are the caller's. With a length the shell need not wait for the pipe's end, which
+# would cost it and the server a second wake-up.
+BOOTSTRAP = 'read -rN9 -u3&&read -rN$REPLY -u3&&eval "$REPLY";eval "shift;$1"'
 SHELL = "/bin/bash"
 
 STATUS = struct.Struct("!i")
@@ -49,6 +51,11 @@ ERROR = b"error "
 _NO_SUCH_SHELL = 127 << 8  # as a wait status
 # What Python ignores, and programs expect not to be.
 _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def framed(script: bytes) -> bytes:
+    """What the shell of :data:`BOOTSTRAP` is to be sent. ASCII only, as it counts characters."""
+    return b"%09d%b" % (len(script), script)
 
 
 def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]) -> NoReturn:
@@ -91,12 +98,16 @@ def send_error(control: socket.socket, why: str) -> None:
 
 
 class _Call:
-    """A running call: its process, the mark of all that it starts, and its socket."""
+    """A running call: its process, the mark of all that it starts, and its socket.
 
-    def __init__(self, pid: int, mark: int, sock: socket.socket) -> None:
+    :ivar outputs: what it prints to. They are closed here after its end was told, so that the server is woken once for that.
+    """
+
+    def __init__(self, pid: int, mark: int, sock: socket.socket, outputs: Sequence[int]) -> None:
         self.pid = pid
         self.mark = mark
         self.sock = sock
+        self.outputs = outputs
 
 
 class Zygote:
@@ -134,7 +145,7 @@ class Zygote:
         except OSError as e:
             _tell(sock, self._refused(e, named["stderr"]))
         else:
-            call = self._calls[pid] = _Call(pid, mark, sock)
+            call = self._calls[pid] = _Call(pid, mark, sock, (named.pop("stdout"), named.pop("stderr")))
             self._poller.watch(sock.fileno(), lambda: self._kill(call))
         for fd in named.values():
             os.close(fd)
@@ -190,6 +201,8 @@ class Zygote:
         del self._calls[call.pid]
         self._poller.unwatch(call.sock.fileno())
         _tell(call.sock, status)
+        for fd in call.outputs:
+            os.close(fd)
 
     def _kill(self, call: _Call) -> None:
         if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):

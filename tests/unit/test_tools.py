@@ -241,7 +241,7 @@ def spawn(argv: list[str], cwd: str, script: bytes | None = None) -> Ended:
             os.chdir(here)
         if script is not None:
             os.close(theirs)
-            feeder = threading.Thread(target=_feed, args=(ours, script))
+            feeder = threading.Thread(target=_feed, args=(ours, zygote.framed(script)))
             feeder.start()
             feeder.join()
         _, status = os.waitpid(pid, 0)
