@@ -270,6 +270,10 @@ class SlotPool:
             if not isinstance(call, tuple) or len(call) != 3:
                 raise InvalidRequest("calls", "tuples (slot, tool, args)", shown(call))
             self._check_call(*call)
+            try:
+                json.dumps(call[2])
+            except (TypeError, ValueError) as e:
+                raise InvalidRequest("args", "what JSON can express", f"{shown(call[2])}: {e}") from e
             entries.append(batch.entry(*call, limit))
         results = batch.run(entries)
         self._count(len(results), sum("exception" in result.metadata for result in results))
@@ -287,10 +291,6 @@ class SlotPool:
             raise InvalidRequest("tool", "a string", shown(tool))
         if not isinstance(args, Mapping):
             raise InvalidRequest("args", "a mapping", shown(args))
-        try:
-            json.dumps(args)
-        except (TypeError, ValueError) as e:
-            raise InvalidRequest("args", "what JSON can express", f"{shown(args)}: {e}") from e
 
     def _timeout(self, timeout: object) -> float:
         if timeout is None:

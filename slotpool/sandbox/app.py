@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from . import protocol
@@ -56,7 +56,7 @@ class Response:
         self._afterwards = afterwards
 
     def __iter__(self) -> Iterator[bytes]:
-        yield self._body
+        return iter((self._body,))
 
     def close(self) -> None:
         if self._afterwards is not None:
@@ -77,7 +77,8 @@ class App:
 
     def __init__(self, host: Host, token: str | None, most_held: int) -> None:
         self._host = host
-        self._room = threading.Semaphore(most_held)
+        self._lock = threading.Lock()  # guards _may_be_held
+        self._may_be_held = most_held
         self._files = threading.Semaphore(_MOST_FILES)
         self._token = token.encode() if token is not None else None
         self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
@@ -136,12 +137,14 @@ class App:
     def _held(self, body: dict[str, Any], act: Callable[[float], T]) -> T:
         """Call ``act`` with the seconds for which this request may be held: as many as it asks for, if there is room."""
         wait = _number(body, "wait", 0.0, protocol.MAX_WAIT)
-        if not self._room.acquire(blocking=False):
-            return act(0.0)
+        with self._lock:
+            room = self._may_be_held > 0
+            self._may_be_held -= room
         try:
-            return act(wait)
+            return act(wait if room else 0.0)
         finally:
-            self._room.release()
+            with self._lock:
+                self._may_be_held += room
 
     def _lease(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "owner", "ttl", "take", "release", "wait")
@@ -162,9 +165,8 @@ class App:
         body = _object(environ, "execution_id", "tool", "args", "timeout", "wait")
         call = _call(body, slot, lease)
         (answer,), afterwards = self._held(body, lambda wait: self._host.execute([call], wait))
-        if isinstance(answer, RequestFailed):
-            raise answer
-        return _json(202 if answer is None else 200, _answered(answer), afterwards)
+        status = answer.status if isinstance(answer, RequestFailed) else 202 if answer is None else 200
+        return _json(status, _answered(answer), afterwards)
 
     def _batch(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "calls", "wait")
@@ -203,12 +205,12 @@ def _of_method(methods: dict[str, Callable[..., Response]], method: str) -> Call
     return methods[method]
 
 
-def _answered(answer: Answer) -> dict[str, Any]:
+def _answered(answer: Answer) -> Mapping[str, object]:
     if answer is None:
         return {"running": True}
     if isinstance(answer, RequestFailed):
         return {"error": answer.body}
-    return dict(answer)
+    return answer
 
 
 def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
@@ -229,7 +231,7 @@ def _object(environ: WSGIEnvironment, *fields: str) -> dict[str, Any]:
     """The request's JSON object, with no fields but these."""
     text = _body(environ, protocol.MAX_JSON, "body")
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode())  # of bytes it would guess the encoding first
     except (ValueError, RecursionError) as e:
         raise protocol.invalid("body", "JSON", f"{text[:60]!r}: {e}") from e
     if not isinstance(value, dict):

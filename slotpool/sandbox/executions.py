@@ -21,14 +21,14 @@ class Execution:
     """One execution. ``result`` or ``failure`` is set before ``done``; both stay None if the result is no longer kept."""
 
     request: tuple[object, ...]
-    done: threading.Event = attr.ib(factory=threading.Event)
+    done: bool = False
     cancel: Callable[[], None] | None = None
     cancel_requested: bool = False
     result: Result | None = None
     failure: RequestFailed | None = None
 
     def answer(self) -> Result:
-        """What came of it; call it once ``done`` is set.
+        """What came of it, once it is ``done``.
 
         :raises RequestFailed: what it failed with, or that its result is gone.
         """
@@ -48,7 +48,8 @@ class Executions:
     """The executions of one lease. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards both tables, and that cancel requests aren't lost while one starts
+        # Guards both tables, and that cancel requests aren't lost while one starts; signalled when one is done.
+        self._changed = threading.Condition(threading.Lock())
         self._known: OrderedDict[str, Execution] = OrderedDict()
         self._finished: OrderedDict[str, Execution] = OrderedDict()
         self._kept = 0  # characters of their results
@@ -58,7 +59,7 @@ class Executions:
 
         :raises RequestFailed: if that id was used for another request.
         """
-        with self._lock:
+        with self._changed:
             known = self._known.get(execution_id)
             if known is not None:
                 if known.request not in (request, _CANCELLED):
@@ -78,13 +79,13 @@ class Executions:
         """The lock is held."""
         self._known[execution_id] = execution
         if len(self._known) > _KNOWN_IDS:
-            oldest = next((key for key, known in self._known.items() if known.done.is_set()), None)
+            oldest = next((key for key, known in self._known.items() if known.done), None)
             if oldest is not None:
                 del self._known[oldest]
 
     def started(self, execution: Execution, cancel: Callable[[], None]) -> None:
         """``cancel`` can be called from now on."""
-        with self._lock:
+        with self._changed:
             execution.cancel = cancel
             requested = execution.cancel_requested
         if requested:
@@ -92,7 +93,7 @@ class Executions:
 
     def finish(self, execution_id: str, execution: Execution) -> None:
         """Its result or failure is set: wake who waits for it, and forget the content of the oldest ones."""
-        with self._lock:
+        with self._changed:
             self._finished[execution_id] = execution
             self._kept += _size(execution)
             while len(self._finished) > 1 and (len(self._finished) > _KEPT_RESULTS or self._kept > _KEPT_CHARACTERS):
@@ -100,19 +101,24 @@ class Executions:
                 self._kept -= _size(oldest)
                 oldest.result = oldest.failure = None
             execution.cancel = None
-        execution.done.set()
+            execution.done = True
+            self._changed.notify_all()
+
+    def wait(self, execution: Execution, timeout: float) -> bool:
+        """Wait until it is done, for up to ``timeout`` seconds; whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: execution.done, timeout)
 
     def cancel(self, execution_id: str) -> bool:
         """Kill it if it runs; an id that never came is kept from running. Whether there was something to cancel."""
-        with self._lock:
+        with self._changed:
             execution = self._known.get(execution_id)
             if execution is None:
                 why = "it was cancelled before it began"
-                execution = Execution(_CANCELLED, failure=RequestFailed("result_gone", why, may_have_run=False))
-                execution.done.set()
+                execution = Execution(_CANCELLED, True, failure=RequestFailed("result_gone", why, may_have_run=False))
                 self._add(execution_id, execution)
                 return False
-            if execution.done.is_set():
+            if execution.done:
                 return False
             execution.cancel_requested = True
             cancel = execution.cancel
@@ -122,5 +128,5 @@ class Executions:
 
     def pending(self) -> dict[str, Execution]:
         """Those that have not ended."""
-        with self._lock:
-            return {key: one for key, one in self._known.items() if not one.done.is_set()}
+        with self._changed:
+            return {key: one for key, one in self._known.items() if not one.done}

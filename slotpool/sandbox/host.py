@@ -30,6 +30,11 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAG
 FILE_LIMIT = 300.0  # seconds for a file to be read or written
 
 
+def _drive(driver: Driver) -> None:
+    driver.run()
+    driver.close()
+
+
 class Host:
     """Thread-safe. The lease table says what holds; what is slow is done outside its lock."""
 
@@ -142,13 +147,8 @@ class Host:
             return {"boot_id": self.boot_id, "leases": described, "leased": self._table.leased()}
 
     def _describe(self, lease: Lease) -> protocol.Lease:
-        place = self._tenancies[lease.slot].place
-        return {
-            "slot": lease.slot,
-            "token": lease.token,
-            "workspace": self.isolation.workspace(place),
-            "network": place.network,
-        }
+        setting = self._tenancies[lease.slot].setting
+        return {"slot": lease.slot, "token": lease.token, "workspace": setting.workspace, "network": setting.network}
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
@@ -243,11 +243,14 @@ class Host:
         deadline = time.monotonic() + wait
         runs = [Run(self, call) for call in calls]
         driver = Driver([run.job for run in runs if run.job is not None])
-        if not driver.run(until=deadline):
-            threading.Thread(target=driver.run, name="slotpool-execution", daemon=True).start()
+        ended = driver.run(until=deadline)
+        if not ended:
+            threading.Thread(target=_drive, args=(driver,), name="slotpool-execution", daemon=True).start()
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:
+            if ended:
+                driver.close()
             for run in runs:
                 run.warm_up()
 
@@ -266,9 +269,9 @@ class Host:
     def _use(self, name: str, slot: str, token: str, args: dict[str, Any]) -> Outcome:
         """Use a file tool outside of executions, as repeating it does no harm."""
         tenancy = self._tenancy(slot, token)
-        tool = tools.parse(name, args, self.setting(tenancy))
+        tool = tools.parse(name, args, tenancy.setting)
         job = self.start(tenancy, tool, FILE_LIMIT, lambda: None, self.config.file_patience)
-        Driver([job]).run()
+        _drive(Driver([job]))
         self.check(job, tenancy, slot, token)
         error = tool.error(job.outcome)
         if error:
@@ -276,11 +279,6 @@ class Host:
         return job.outcome
 
     # What a run needs
-
-    def setting(self, tenancy: Tenancy) -> tools.Setting:
-        place, config = tenancy.place, self.config
-        workspace = self.isolation.workspace(place)
-        return tools.Setting(workspace, self.isolation.mode, place.network, config.max_output, config.max_file)
 
     def start(
         self, tenancy: Tenancy, tool: tools.Tool, timeout: float, on_end: Callable[[], None], patience: float = math.inf

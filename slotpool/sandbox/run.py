@@ -51,7 +51,7 @@ class Run:
     def _begin(self) -> None:
         call = self._call
         self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
-        self._tool = tools.parse(call["tool"], call["args"], self._host.setting(tenancy))
+        self._tool = tools.parse(call["tool"], call["args"], tenancy.setting)
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
             return
@@ -103,8 +103,8 @@ class Run:
             "stderr_truncated": outcome.stderr.truncated,
             "error": error,
             "duration": outcome.duration,
-            "isolation": self._host.isolation.mode,
-            "network": self._tenancy.place.network,
+            "isolation": self._tenancy.setting.isolation,
+            "network": self._tenancy.setting.network,
             "restarted": restarted,
         }
 
@@ -112,10 +112,10 @@ class Run:
         """The result, waited for until ``deadline``; the failure; or None."""
         if self._execution is None:
             return self._failure
-        if not self._execution.done.wait(max(0.0, deadline - time.monotonic())):
-            return None
         if self._answer is not None:  # what this run has found itself, which is sure to be kept
             return self._answer
+        if not self._tenancy.executions.wait(self._execution, max(0.0, deadline - time.monotonic())):
+            return None
         try:
             return self._execution.answer()
         except RequestFailed as e:

@@ -17,6 +17,7 @@ from .executions import Executions
 from .isolation import Isolation, Place
 from .protocol import RequestFailed
 from .state import StateDirectory
+from .tools import Setting
 from .users import UserBlock
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ class HostConfig:
 class Tenancy:
     """One lease's use of a slot: its sandbox, its workspace, its executions. Made before the lease, ended with it."""
 
-    def __init__(self, place: Place, cell: Cell) -> None:
+    def __init__(self, place: Place, cell: Cell, setting: Setting) -> None:
         self.place = place
         self.cell = cell
+        self.setting = setting  # what tools are used in
         self.executions = Executions()
         self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
         self.ended = False
@@ -56,6 +58,7 @@ class TenancyMaker:
 
         :raises IsolationUnavailable, StartFailed: nothing is left then.
         """
+        self._config = config
         self._serial = itertools.count()
         self._users: UserBlock | None = None
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
@@ -129,7 +132,10 @@ class TenancyMaker:
             trees.remove_tree(place.directory)
             raise
         cell.arm()
-        return Tenancy(place, cell)
+        workspace = self.isolation.workspace(place)
+        return Tenancy(
+            place, cell, Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
+        )
 
     def mend(self, tenancy: Tenancy, broken: Cell) -> None:
         """Give a lease new processes in its old workspace; nothing if another call has done it already."""

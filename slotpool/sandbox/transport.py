@@ -17,6 +17,8 @@ from typing import Any, Callable
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from ..errors import InvalidRequest
+
 CONNECT_TIMEOUT = 5.0  # seconds
 _MAX_HEAD = 65536
 _MAX_BODY = 1 << 34
@@ -105,8 +107,14 @@ class Transport:
     def json(
         self, method: str, path: str, body: object, read_timeout: float, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
-        """The same with JSON both ways; None for an answer that is none. A ``body`` of None is none."""
-        data = None if body is None else json.dumps(body).encode()
+        """The same with JSON both ways; None for an answer that is none. A ``body`` of None is none.
+
+        :raises InvalidRequest: JSON can't express ``body``.
+        """
+        try:
+            data = None if body is None else json.dumps(body).encode()
+        except (TypeError, ValueError) as e:
+            raise InvalidRequest("args", "what JSON can express", str(e)) from e
         status, content = self.request(method, path, data, read_timeout, headers)
         try:
             return status, json.loads(content)

@@ -63,7 +63,7 @@ def test_an_id_is_new_once_and_joined_from_then_on() -> None:
     executions.finish("x", first)
     after, is_new = executions.begin("x", REQUEST)
     assert not is_new
-    assert after.done.is_set()
+    assert after.done
     assert after.answer()["stdout"] == "done"
 
 
@@ -112,7 +112,7 @@ def test_who_joins_is_woken_by_the_end() -> None:
 
     def join() -> None:
         joined, _ = executions.begin("x", REQUEST)
-        assert joined.done.wait(30)
+        assert executions.wait(joined, 30)
         answers.append(joined.answer()["stdout"])
 
     threads = [threading.Thread(target=join) for _ in range(3)]
@@ -131,7 +131,7 @@ def test_a_failure_is_kept_like_a_result() -> None:
     execution.failure = RequestFailed("slot_broken", "its processes were lost", may_have_run=True)
     executions.finish("x", execution)
     again, _ = executions.begin("x", REQUEST)
-    assert again.done.is_set()
+    assert again.done
     with pytest.raises(RequestFailed, match="its processes were lost"):
         again.answer()
 
@@ -144,7 +144,7 @@ def test_the_last_results_are_kept_and_older_ones_are_gone_but_not_run_again() -
         assert executions.begin(str(i), REQUEST)[0].answer()["stdout"] == str(i)
     oldest, is_new = executions.begin("0", REQUEST)
     assert not is_new
-    assert oldest.done.is_set()
+    assert oldest.done
     with pytest.raises(RequestFailed) as caught:
         oldest.answer()
     assert caught.value.body["code"] == "result_gone"
@@ -211,7 +211,7 @@ def test_what_is_cancelled_before_it_comes_never_runs_and_nobody_waits_for_it() 
     assert not executions.cancel("x")
     execution, is_new = executions.begin("x", REQUEST)
     assert not is_new
-    assert execution.done.is_set()
+    assert execution.done
     assert executions.pending() == {}
     with pytest.raises(RequestFailed):
         execution.answer()
