@@ -18,7 +18,8 @@ import attr
 from .cell import Call
 
 KILL_LIMIT = 2.0  # seconds that the zygote has to kill a call, a little more than it gives itself
-_READ_SIZE = 65536
+_READ_SIZE = 1 << 16
+_MOST_READ = 1 << 20  # at once, when there is ever more
 
 
 class Output:
@@ -118,6 +119,7 @@ class Job:
     on_end: Callable[[], None]
     patience: float = math.inf  # seconds without a byte in or out after which it counts as past its deadline
     outcome: Outcome = attr.ib(init=False)
+    read_size: int = attr.ib(default=_READ_SIZE, init=False)
     started: float = attr.ib(factory=time.monotonic, init=False)
     moved: float = attr.ib(factory=time.monotonic, init=False)  # when the last byte went in or out
 
@@ -187,10 +189,12 @@ class Driver:
                 self._unwatch(fd)
         else:
             try:
-                chunk = os.read(fd, _READ_SIZE)
+                chunk = os.read(fd, job.read_size)
             except BlockingIOError:
                 return
             if chunk:
+                if len(chunk) == job.read_size < _MOST_READ:
+                    job.read_size *= 2
                 job.moved = time.monotonic()
                 getattr(job.outcome, what).add(chunk)
             else:
@@ -234,7 +238,7 @@ def _drain(fd: int, output: Output) -> None:
     (left,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
     while left > 0:
         try:
-            chunk = os.read(fd, min(left, _READ_SIZE))
+            chunk = os.read(fd, min(left, _MOST_READ))
         except BlockingIOError:
             return
         if not chunk:
