@@ -150,7 +150,8 @@ class App:
         body = _object(environ, "owner", "ttl", "take", "release", "wait")
         owner, ttl, take = _string(body, "owner"), _number(body, "ttl", 0.1, MAX_TTL), _count(body, "take")
         release = _strings(body, "release")
-        return _json(200, self._held(body, lambda wait: self._host.lease(owner, ttl, take, release, wait)))
+        answer = self._held(body, lambda wait: self._host.lease(owner, ttl, take, release, wait))
+        return _json(200, answer, self._host.restock if answer["leases"] else None)
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "tokens")
@@ -185,7 +186,7 @@ class App:
         network = _object(environ, "network").get("network")
         if not isinstance(network, (bool, type(None))):
             raise protocol.invalid("network", "a boolean or null", network)
-        return _json(200, {"network": self._host.reset(slot, lease, network)})
+        return _json(200, {"network": self._host.reset(slot, lease, network)}, self._host.restock)
 
     def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         with self._files:

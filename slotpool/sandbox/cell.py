@@ -187,11 +187,11 @@ class Cell:
         with self._lock:
             self._destroyed = True
             armed, self._armed = self._armed, []
-        for call in armed:
-            call.close()
         with self._ending:
             if self._dead is None:
                 self._dead = self._end()
+            for call in armed:  # not before: the zygote would look for the processes of each, only to die with them
+                call.close()
             return self._dead
 
     def _end(self) -> bool:

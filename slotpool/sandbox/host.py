@@ -83,12 +83,14 @@ class Host:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
             self._changed.notify_all()
-            self._restock()
 
-    def _restock(self) -> None:
-        """Have a spare made, if there is none then. The lock is held, so that the cleaners have not ended."""
-        if not self._closing:
-            self._cleaners.submit(self._make_spare)
+    def restock(self) -> None:
+        """Have a spare made, if there is none then. Once a slot was taken, and not sooner: it is in the way of who waits for
+        that one.
+        """
+        with self._changed:
+            if not self._closing:  # the cleaners have not ended then
+                self._cleaners.submit(self._make_spare)
 
     def _take_spare(self) -> Tenancy | None:
         with self._changed:
@@ -227,7 +229,6 @@ class Host:
         with self._changed:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
-                self._restock()
                 return network
         self._maker.end(fresh)
         raise protocol.lease_lost(slot)
