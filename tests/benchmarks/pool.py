@@ -57,6 +57,9 @@ class HollowHost:
             lost = self._table.renew(tokens, time.monotonic())
             return {"boot_id": self.boot_id, "lost": lost, "usable": self._slots, "leased": self._table.leased()}
 
+    def restock(self) -> None:
+        """There is nothing to make in advance."""
+
     def health(self) -> dict[str, Any]:
         return {"name": "", "boot_id": self.boot_id, "isolation": "none", "slots": self._slots}
 
