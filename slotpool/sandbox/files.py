@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 
 def _require_regular(fd: int) -> os.stat_result:
@@ -27,17 +27,10 @@ def read_file(path: str, limit: int) -> None:
     size = _require_regular(fd).st_size
     if size > limit:
         raise OSError(errno.EFBIG, f"{size} bytes, and the limit is {limit}")
-    try:
-        while os.sendfile(1, fd, None, _CHUNK):
-            pass
-    except OSError as e:
-        if e.errno != errno.EINVAL:  # else one of those that the kernel makes as they are read
-            raise
-    while True:
-        chunk = os.read(fd, _CHUNK)
-        if not chunk:
-            return
-        view = memoryview(chunk)
+    # Copied, as sendfile(2) would put pages into the pipe that others may still change.
+    chunk = memoryview(bytearray(_CHUNK))
+    while count := os.readv(fd, [chunk]):
+        view = chunk[:count]
         while view:
             view = view[os.write(1, view) :]
 
@@ -77,7 +70,7 @@ def _take_room(fd: int, size: int) -> None:
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # else this file system can't
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else this file system, or this kernel, can't
                 raise
 
 

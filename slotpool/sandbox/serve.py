@@ -52,7 +52,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     os.umask(0o022)  # slots' users must be able to pass through the directories made here
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes four descriptors, a waiting shell as many
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
     _on_signals(_leave)
     signal.signal(signal.SIGUSR1, _leave)
     host = Host(config.host)
