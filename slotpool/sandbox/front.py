@@ -80,7 +80,7 @@ class Front:
         }
 
     def run(self) -> None:
-        """Accept connections until :meth:`close`, or until an exception, of a signal's handler say, ends it."""
+        """Accept connections until :meth:`close`."""
         while True:
             try:
                 sock, _ = self._listener.accept()

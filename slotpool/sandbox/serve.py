@@ -54,15 +54,18 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
     _on_signals(_leave)
-    signal.signal(signal.SIGUSR1, _leave)
     host = Host(config.host)
     try:
-        # Requests that wait are answered while the server still runs; only then is it left.
-        _on_signals(lambda *_: threading.Thread(target=_end, args=(host,), name="slotpool-end").start())
-        _listen(config, host, on_ready)
+        with _Signalled() as signalled:
+            front, address = _listen(config, host)
+            try:
+                on_ready(address)
+                signalled.wait()
+                host.close()  # requests that wait are answered while the server still runs
+            finally:
+                front.close()
     finally:
         _on_signals(signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         host.close()
 
 
@@ -71,16 +74,33 @@ def _on_signals(handler: Any) -> None:
         signal.signal(signum, handler)
 
 
-def _end(host: Host) -> None:
-    host.close()
-    os.kill(os.getpid(), signal.SIGUSR1)
-
-
 def _leave(signum: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) -> None:
+class _Signalled:
+    """SIGTERM or SIGINT, waited for by descriptor. A handler of Python's needs the main thread, which a signal does not wake
+    from a system call if another thread is given it, or if it comes just before.
+    """
+
+    def __enter__(self) -> _Signalled:
+        self._came, self._comes = socket.socketpair()
+        self._comes.setblocking(False)
+        signal.set_wakeup_fd(self._comes.fileno(), warn_on_full_buffer=False)
+        _on_signals(lambda *_: None)
+        return self
+
+    def wait(self) -> None:
+        self._came.recv(1)
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        self._came.close()
+        self._comes.close()
+
+
+def _listen(config: ServeConfig, host: Host) -> tuple[Front, str]:
+    """What accepts connections in a thread of its own, and where."""
     # A pool renews and gives back beside its callers' requests; so do others.
     app = App(host, config.token, most_held=2 * config.host.slots + 8)
     if config.listen is None:
@@ -98,12 +118,17 @@ def _listen(config: ServeConfig, host: Host, on_ready: Callable[[str], None]) ->
     threading.Thread(target=_watch_nursery, args=(host,), name="slotpool-nursery", daemon=True).start()
     if config.parent is not None:
         threading.Thread(target=_watch_parent, args=(config.parent,), name="slotpool-parent", daemon=True).start()
-    on_ready(address)
     front = Front(app, listener, _MOST_CONNECTIONS)
+    threading.Thread(target=_accept, args=(front,), name="slotpool-accept", daemon=True).start()
+    return front, address
+
+
+def _accept(front: Front) -> None:
     try:
         front.run()
-    finally:
-        front.close()
+    except Exception:
+        log.critical("no connection can be accepted any more; ending", exc_info=True)
+        _stop()
 
 
 def _unix_listener(path: str) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
@@ -49,6 +50,16 @@ def test_a_directory_given_for_workspaces_keeps_what_is_in_it_and_its_mode(start
     assert (directory / "precious" / "lock").read_text() == "not slotpool's"
     assert directory.stat().st_mode & 0o7777 == 0o1777
     assert [path.name for path in directory.iterdir()] == ["precious"]
+
+
+def test_a_server_ends_whichever_of_its_threads_is_given_the_signal(start_server: StartServer) -> None:
+    server = start_server("none", slots=1)
+    server.lease()
+    pid = server.process.pid
+    libc = ctypes.CDLL(None, use_errno=True)
+    other = next(int(name) for name in os.listdir(f"/proc/{pid}/task") if int(name) != pid)
+    assert libc.tgkill(pid, other, signal.SIGTERM) == 0
+    assert server.process.wait(30) == 0
 
 
 def test_a_path_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
