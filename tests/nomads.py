@@ -59,7 +59,7 @@ class Nomad:
             "driver": "raw_exec",
             "slots_per_container": 2,
             "cpu": 20,
-            "memory": 32,
+            "memory": 64,  # MB; the kernel ends a server that needs more
             "health_check_interval": 0.5,
             "env": {"PYTHONPATH": PACKAGE},
             **more,

@@ -169,10 +169,10 @@ def test_a_job_of_another_shape_is_refused_field_by_field(nomad: Nomad) -> None:
     settings = nomad.settings()
     with SlotPool(**settings):
         pass
-    different = {**settings, "slots_per_container": 3, "memory": 48, "env": {**settings["env"], "A": "b"}}
+    different = {**settings, "slots_per_container": 3, "memory": 96, "env": {**settings["env"], "A": "b"}}
     with pytest.raises(JobDiffers) as refused, SlotPool(**different):
         pass
-    assert "Resources.MemoryMB: 32 -> 48" in str(refused.value)
+    assert "Resources.MemoryMB: 64 -> 96" in str(refused.value)
     assert "Env[A]: (nothing) -> b" in str(refused.value)
     with SlotPool(**different, update_job=False) as pool, pool.slot(timeout=30):
         assert pool.total_slots == 2
