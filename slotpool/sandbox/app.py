@@ -11,7 +11,7 @@ import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
-from . import protocol
+from . import protocol, transfer
 from .host import Host
 from .protocol import RequestFailed
 from .run import Answer
@@ -40,7 +40,6 @@ _REASONS = {
     502: "Bad Gateway",
     503: "Service Unavailable",
 }
-_MOST_FILES = 16  # read or written at once, as each is in memory as a whole
 MAX_TIMEOUT = 86_400.0  # seconds
 MAX_TTL = 3_600.0
 MAX_BATCH = 1_000  # calls, and leases
@@ -49,14 +48,16 @@ MAX_BATCH = 1_000  # calls, and leases
 class Response:
     """A WSGI response body; ``afterwards`` is called when it has been sent."""
 
-    def __init__(self, status: int, body: bytes, content_type: str, afterwards: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, status: int, body: Iterable[bytes], size: int, content_type: str, afterwards: Callable[[], None] | None = None
+    ) -> None:
         self.status = f"{status} {_REASONS[status]}"
-        self.headers = [("Content-Length", str(len(body))), ("Content-Type", content_type)] if status != 204 else []
+        self.headers = [("Content-Length", str(size)), ("Content-Type", content_type)] if status != 204 else []
         self._body = body
         self._afterwards = afterwards
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter((self._body,))
+        return iter(self._body)
 
     def close(self) -> None:
         if self._afterwards is not None:
@@ -65,7 +66,8 @@ class Response:
 
 def _json(status: int, value: object, afterwards: Callable[[], None] | None = None) -> Response:
     # Lone surrogates can come in with a path that is not UTF-8; JSON carries them escaped.
-    return Response(status, json.dumps(value).encode(), "application/json", afterwards)
+    body = json.dumps(value).encode()
+    return Response(status, (body,), len(body), "application/json", afterwards)
 
 
 class App:
@@ -79,7 +81,6 @@ class App:
         self._host = host
         self._lock = threading.Lock()  # guards _may_be_held
         self._may_be_held = most_held
-        self._files = threading.Semaphore(_MOST_FILES)
         self._token = token.encode() if token is not None else None
         self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
             "/health": {"GET": self._health},
@@ -189,15 +190,13 @@ class App:
         return _json(200, {"network": self._host.reset(slot, lease, network)}, self._host.restock)
 
     def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
-        with self._files:
-            content = self._host.read_file(slot, lease, _path(environ))
-        return Response(200, content, "application/octet-stream")
+        reading = transfer.Reading(self._host, slot, lease, _path(environ))
+        return Response(200, reading, reading.size, "application/octet-stream", reading.close)
 
     def _write_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
-        with self._files:
-            content = _body(environ, self._host.config.max_file, "content")
-            self._host.write_file(slot, lease, _path(environ), content)
-        return Response(204, b"", "")
+        size = _length(environ, self._host.config.max_file, "content")
+        transfer.write(self._host, slot, lease, _path(environ), size, environ["wsgi.input"].read1)
+        return Response(204, (), 0, "")
 
 
 def _of_method(methods: dict[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
@@ -214,13 +213,18 @@ def _answered(answer: Answer) -> Mapping[str, object]:
     return answer
 
 
-def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
+def _length(environ: WSGIEnvironment, limit: int, field: str) -> int:
     length = int(environ.get("CONTENT_LENGTH") or 0)
     if length > limit:
         got = f"{length} bytes"
         raise RequestFailed(
             "too_large", f"{field}: at most {limit} bytes, got {got}", field=field, expected=f"at most {limit} bytes", got=got
         )
+    return length
+
+
+def _body(environ: WSGIEnvironment, limit: int, field: str) -> bytes:
+    length = _length(environ, limit, field)
     try:
         body: bytes = environ["wsgi.input"].read(length)
     except OSError as e:

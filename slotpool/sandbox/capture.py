@@ -131,6 +131,11 @@ class Job:
         """When it is to be ended, as things stand."""
         return min(self.deadline, self.moved + self.patience)
 
+    def forgive(self, seconds: float) -> None:
+        """That time was not the slot's."""
+        self.deadline += seconds
+        self.moved += seconds
+
 
 class Driver:
     """Feed and read calls, side by side, until each has ended. Used by one thread at a time; :meth:`close` it in the end.
@@ -149,8 +154,10 @@ class Driver:
             self._watch(job, "status", call.sock.fileno(), select.POLLIN)
             self._watch(job, "stdout", call.stdout, select.POLLIN)
             self._watch(job, "stderr", call.stderr, select.POLLIN)
+            began = time.monotonic()
             for fd in call.feed_all():
                 self._watch(job, "feed", fd, select.POLLOUT)
+            job.forgive(time.monotonic() - began)
 
     def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
         self._handles[fd] = job, what
@@ -162,31 +169,42 @@ class Driver:
 
     def run(self, until: float = float("inf")) -> bool:
         """Go on until all have ended, or until that time on the monotonic clock; whether all have ended."""
-        while self._open:
-            if self._ended:
+        while self.step(until):
+            if self._ended and self._open:
                 self.close()
-            now = time.monotonic()
-            first = min(job.due for job in self._open)
-            if now >= first:
-                for job in [job for job in self._open if now >= job.due]:
-                    self._expire(job, now)
-                continue
-            if now >= until:
-                return False
-            for fd, event in self._poll.poll((min(first, until) - now) * 1000 + 1):
-                if fd in self._handles:
-                    job, what = self._handles[fd]
-                    self._handle(job, what, fd, event)
+        return not self._open
+
+    def step(self, until: float = float("inf")) -> bool:
+        """Wait for something to happen, and see to it; False if there is nothing any more to wait for, until that time."""
+        if not self._open:
+            return False
+        now = time.monotonic()
+        first = min(job.due for job in self._open)
+        if now >= first:
+            for job in [job for job in self._open if now >= job.due]:
+                self._expire(job, now)
+            return True
+        if now >= until:
+            return False
+        for fd, event in self._poll.poll((min(first, until) - now) * 1000 + 1):
+            if fd in self._handles:
+                job, what = self._handles[fd]
+                self._handle(job, what, fd, event)
         return True
+
+    @property
+    def ended(self) -> bool:
+        return not self._open
 
     def _handle(self, job: Job, what: str, fd: int, event: int) -> None:
         if what == "status":
             job.outcome.status = job.call.read_status()
             self._finish(job)
         elif what == "feed":
-            job.moved = time.monotonic()
+            job.moved = began = time.monotonic()
             if job.call.feed(fd):
                 self._unwatch(fd)
+            job.forgive(time.monotonic() - began)  # the content may have come slowly
         else:
             try:
                 chunk = os.read(fd, job.read_size)

@@ -21,6 +21,7 @@ import termios
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Callable
 
 from ..errors import SandboxStartFailed
 from . import nursery, zygote
@@ -163,14 +164,15 @@ class Cell:
     def _new_shell(self, stdin: bool) -> Call:
         return Call(self, {"op": "shell"}, feeds=("script", "stdin") if stdin else ("script",))
 
-    def read(self, path: str, limit: int) -> Call:
-        call = Call(self, {"op": "read", "path": path, "limit": limit}, feeds=())
+    def read(self, path: str, limit: int, sized: bool = False) -> Call:
+        call = Call(self, {"op": "read", "path": path, "limit": limit, "sized": sized}, feeds=())
         _widen(call.stdout)
         return call
 
-    def write(self, path: str, content: bytes) -> Call:
-        call = Call(self, {"op": "write", "path": path, "size": len(content)}, feeds=("stdin",))
-        call.set_feed("stdin", content)
+    def write(self, path: str, size: int, content: bytes = b"", more: Callable[[], bytes] = bytes) -> Call:
+        """:param more: gives what comes after ``content``, some at a time, then nothing."""
+        call = Call(self, {"op": "write", "path": path, "size": size}, feeds=("stdin",))
+        call.set_feed("stdin", content, more)
         _widen(call.feeds[0].fd)
         return call
 
@@ -215,12 +217,17 @@ def _widen(pipe: int) -> None:
 class Feed:
     """Bytes on their way into a call's pipe."""
 
-    __slots__ = ("fd", "name", "rest")
+    __slots__ = ("fd", "more", "name", "rest")
 
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
         self.fd = fd
         self.rest = memoryview(b"")
+        self.more: Callable[[], bytes] = bytes  # gives what comes after the rest
+
+    def refill(self) -> bool:
+        self.rest = memoryview(self.more())
+        return len(self.rest) > 0
 
 
 class Call:
@@ -267,14 +274,15 @@ class Call:
             cell.send({**order, "fds": ["call", *pipes]}, [far_sock.fileno(), *pipes.values()])
             near.pop_all()  # close() sees to these from now on
 
-    def set_feed(self, name: str, content: bytes) -> None:
-        next(feed for feed in self.feeds if feed.name == name).rest = memoryview(content)
+    def set_feed(self, name: str, content: bytes, more: Callable[[], bytes] = bytes) -> None:
+        feed = next(feed for feed in self.feeds if feed.name == name)
+        feed.rest, feed.more = memoryview(content), more
 
     def feed(self, fd: int) -> bool:
         """Write as much as the pipe takes; True once everything is written, or nobody reads it, and the pipe needs no more."""
         feed = next(feed for feed in self.feeds if feed.fd == fd)
         try:
-            while feed.rest:
+            while feed.rest or feed.refill():
                 feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
         except BlockingIOError:
             return False

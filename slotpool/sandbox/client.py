@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import secrets
@@ -11,10 +12,10 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
-from ..errors import ContainerLost, ContainerRefused, SlotBroken, SlotError, SlotPoolError
+from ..errors import ContainerLost, ContainerRefused, FileError, SlotBroken, SlotError, SlotPoolError
 from . import protocol
 from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, RenewAnswer, Result
-from .transport import Broken, NotSent, Transport
+from .transport import Broken, Cut, NotSent, Transport
 
 log = logging.getLogger(__name__)
 
@@ -214,9 +215,14 @@ class SandboxClient:
         :raises FileError: as the slot's own processes would see it.
         """
         headers = {LEASE_HEADER: lease}
-        status, content, repeated = self._repeat(
-            lambda: self._http.request("GET", _file(slot, path), None, _FILE_TIMEOUT, headers)
-        )
+        try:
+            status, content, repeated = self._repeat(
+                lambda: self._http.request("GET", _file(slot, path), None, _FILE_TIMEOUT, headers)
+            )
+        except ContainerLost as e:
+            if isinstance(e.__cause__, Cut):  # the server answers, and can't send what it has promised
+                raise FileError(errno.EIO, "each try to read it ended early; it changes, or its slot prevents it", path) from e
+            raise
         if status != 200:
             raise self._refused(status, content, repeated)
         return content

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 
 _CHUNK = 1 << 18
+SIZE = struct.Struct("!Q")
 
 
 def _require_regular(fd: int) -> os.stat_result:
@@ -22,17 +24,24 @@ def _require_regular(fd: int) -> os.stat_result:
     return info
 
 
-def read_file(path: str, limit: int) -> None:
+def read_file(path: str, limit: int, sized: bool) -> None:
+    """To standard output. If it is to be ``sized``, its size goes before it, and no byte more."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     size = _require_regular(fd).st_size
     if size > limit:
         raise OSError(errno.EFBIG, f"{size} bytes, and the limit is {limit}")
     # Copied, as sendfile(2) would put pages into the pipe that others may still change.
     chunk = memoryview(bytearray(_CHUNK))
-    while count := os.readv(fd, [chunk]):
+    left = size if sized else limit + 1
+    if sized:
+        os.write(1, SIZE.pack(size))
+    while count := os.readv(fd, [chunk[:left]]):
         view = chunk[:count]
+        left -= count
         while view:
             view = view[os.write(1, view) :]
+    if sized and left:
+        raise OSError(errno.EIO, f"it became {left} bytes shorter while it was read")
 
 
 def write_file(path: str, size: int) -> None:

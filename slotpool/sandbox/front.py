@@ -274,7 +274,7 @@ class _Connection:
                 return keep
             self._send(_head(status, headers, keep), first)
             for chunk in chunks:
-                self._sock.sendall(chunk)
+                self._send_all(chunk)
         finally:
             close = getattr(answer, "close", None)
             if close is not None:
@@ -286,6 +286,9 @@ class _Connection:
             self._sock.sendall(head + body)
             return
         self._sock.sendall(head)
+        self._send_all(body)
+
+    def _send_all(self, body: bytes) -> None:
         view = memoryview(body)
         for at in range(0, len(view), _READ_SIZE):  # a socket's time-out is for the whole of what is sent at once
             self._sock.sendall(view[at : at + _READ_SIZE])

@@ -15,7 +15,7 @@ from typing import Any, Callable
 from .._version import __version__
 from ..errors import SandboxStartFailed
 from . import protocol, tools, zygote
-from .capture import Driver, Job, Outcome
+from .capture import Driver, Job
 from .leases import Lease, LeaseTable
 from .protocol import CallRequest, RequestFailed
 from .run import Answer, Run
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _CLEANERS = 8  # threads that make slots ready
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
-FILE_LIMIT = 300.0  # seconds for a file to be read or written
 
 
 def _drive(driver: Driver) -> None:
@@ -261,25 +260,7 @@ class Host:
         """Kill an execution; whether it ran."""
         return self._tenancy(slot, token).executions.cancel(execution_id)
 
-    def read_file(self, slot: str, token: str, path: str) -> bytes:
-        return self._use("read_file", slot, token, {"path": path}).stdout.kept()
-
-    def write_file(self, slot: str, token: str, path: str, content: bytes) -> None:
-        self._use("write_file", slot, token, {"path": path, "content": content})
-
-    def _use(self, name: str, slot: str, token: str, args: dict[str, Any]) -> Outcome:
-        """Use a file tool outside of executions, as repeating it does no harm."""
-        tenancy = self._tenancy(slot, token)
-        tool = tools.parse(name, args, tenancy.setting)
-        job = self.start(tenancy, tool, FILE_LIMIT, lambda: None, self.config.file_patience)
-        _drive(Driver([job]))
-        self.check(job, tenancy, slot, token)
-        error = tool.error(job.outcome)
-        if error:
-            raise RequestFailed("file_error", error, errno=errno.ETIMEDOUT, path=args["path"])
-        return job.outcome
-
-    # What a run needs
+    # What a run, or a transfer, needs
 
     def start(
         self, tenancy: Tenancy, tool: tools.Tool, timeout: float, on_end: Callable[[], None], patience: float = math.inf

@@ -18,7 +18,7 @@ from .cell import Call, Cell
 from .protocol import RequestFailed
 
 MAX_COMMAND = 1024 * 1024  # bytes
-_MAX_FAILURE = 4096  # bytes in which a file tool tells what went wrong
+MAX_FAILURE = 4096  # bytes in which a file tool tells what went wrong
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _TO_ESCAPE = re.compile(rb"[^ -~]|['\\]")
 _BASH_ARGS = dict.fromkeys("command cwd env stdin allow_network require_sandbox".split())
@@ -126,32 +126,31 @@ class ReadFile:
         _refuse_unknown(args, _READ_ARGS)
         self._path = inside(args, setting.workspace)
         self.stdout_limit = self._limit = setting.max_file
-        self.stderr_limit = _MAX_FAILURE
+        self.stderr_limit = MAX_FAILURE
 
     def start(self, cell: Cell) -> Call:
         return cell.read(self._path, self._limit)
 
     def error(self, outcome: Outcome) -> str:
-        return _file_error(outcome, self._path)
+        return file_error(outcome, self._path)
 
 
 class WriteFile:
-    """``write_file {path, content}``; ``content`` is text, or bytes where this is used directly."""
+    """``write_file {path, content}``"""
 
     def __init__(self, args: Mapping[str, Any], setting: Setting) -> None:
         _refuse_unknown(args, _WRITE_ARGS)
         self._path = inside(args, setting.workspace)
-        content = args.get("content")
-        self._content = content if isinstance(content, bytes) else _text(args, "content", nul=True)
-        self.stdout_limit = self.stderr_limit = _MAX_FAILURE
+        self._content = _text(args, "content", nul=True)
+        self.stdout_limit = self.stderr_limit = MAX_FAILURE
         if len(self._content) > setting.max_file:
             raise protocol.invalid("content", f"at most {setting.max_file} bytes", f"{len(self._content)} bytes")
 
     def start(self, cell: Cell) -> Call:
-        return cell.write(self._path, self._content)
+        return cell.write(self._path, len(self._content), self._content)
 
     def error(self, outcome: Outcome) -> str:
-        return _file_error(outcome, self._path)
+        return file_error(outcome, self._path)
 
 
 TOOLS: dict[str, type[Any]] = {"bash": Bash, "read_file": ReadFile, "write_file": WriteFile}
@@ -210,7 +209,7 @@ def inside(args: Mapping[str, Any], workspace: str) -> str:
     return whole
 
 
-def _file_error(outcome: Outcome, path: str) -> str:
+def file_error(outcome: Outcome, path: str) -> str:
     if outcome.status == 0 and not outcome.stdout.truncated:
         return ""
     if outcome.timed_out or outcome.cancelled:

@@ -34,6 +34,14 @@ class Broken(Exception):
     """The connection broke, or no answer came in time, after the request may have been sent."""
 
 
+class Cut(Broken):
+    """The answer had begun, and its end did not come."""
+
+
+class _Short(ConnectionError):
+    """The connection was closed amid the content."""
+
+
 class _Malformed(Exception):
     """The answer is not what these servers send."""
 
@@ -60,7 +68,7 @@ class Transport:
         """Status and content of the answer.
 
         :param read_timeout: seconds that the server may be silent; if it is shorter, the limit of connecting too.
-        :raises NotSent, Broken: if there was none.
+        :raises NotSent, Broken: if there was none, or not all of it.
         """
         lines = [method, " ", path, self._fixed]
         for name, value in (headers or {}).items():
@@ -75,7 +83,7 @@ class Transport:
         except BaseException as e:
             connection.close()
             if isinstance(e, _Malformed) or _is_of_the_system(e):
-                raise Broken(f"{type(e).__name__}: {e}") from e
+                raise Cut(str(e)) if isinstance(e, _Short) else Broken(f"{type(e).__name__}: {e}") from e
             raise
         if keep and not self.closed and len(self._idle) < self._most:
             self._idle.append(connection)
@@ -258,6 +266,6 @@ def _receive_rest(sock: socket.socket, begun: bytes, length: int) -> bytes:
     while at < length:
         count = sock.recv_into(view[at : at + _READ_SIZE])
         if count == 0:
-            raise ConnectionError(f"the connection was closed {length - at} bytes before the answer's end")
+            raise _Short(f"the connection was closed {length - at} bytes before the answer's end")
         at += count
     return bytes(whole)

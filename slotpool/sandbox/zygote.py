@@ -10,7 +10,8 @@ the order that ``fds`` names them. What it starts is named by ``op``:
     a bash that has started up and waits for its script, see :data:`BOOTSTRAP`. Descriptors ``call``, ``stdout``,
     ``stderr``, ``script`` and perhaps ``stdin``.
 ``read``
-    copy the regular file ``path``, of at most ``limit`` bytes, to ``stdout``.
+    copy the regular file ``path``, of at most ``limit`` bytes, to ``stdout``; if ``sized``, after its size, see
+    :data:`files.SIZE`.
 ``write``
     replace the file ``path`` by what comes on ``stdin``, ``size`` bytes, or leave it as it was.
 
@@ -225,7 +226,7 @@ class Zygote:
             os.dup2(fds["stdout"], 1)
             os.dup2(fds["stderr"], 2)
             if order["op"] == "read":
-                _report(files.read_file, order["path"], order["limit"])
+                _report(files.read_file, order["path"], order["limit"], order["sized"])
             else:
                 _report(files.write_file, order["path"], order["size"])
         finally:

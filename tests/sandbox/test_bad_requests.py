@@ -138,17 +138,6 @@ def test_files_that_are_no_files_are_told(start_server: StartServer, mode: str) 
     assert server.client.read_file(slot, token, odd) == b"odd"
 
 
-def test_a_large_file_comes_and_goes_whole(start_server: StartServer) -> None:
-    server = start_server("bwrap", slots=1)
-    (lease,) = server.lease()
-    content = bytes(range(256)) * 400_000  # 100 MB
-    server.client.write_file(lease["slot"], lease["token"], "big", content)
-    assert server.client.read_file(lease["slot"], lease["token"], "big") == content
-    server.bash(lease, "truncate -s 300M big")
-    with pytest.raises(FileError, match="limit"):
-        server.client.read_file(lease["slot"], lease["token"], "big")
-
-
 @pytest.fixture
 def small_disk() -> Iterator[str]:
     """A directory with room for 20 MB."""

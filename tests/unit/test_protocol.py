@@ -49,7 +49,7 @@ def test_every_code_has_its_status_and_no_two_share_one() -> None:
 
 @pytest.mark.parametrize("status", [200, 202, 204, *STATUS.values()])
 def test_every_status_can_be_answered_with(status: int) -> None:
-    number, _, reason = Response(status, b"", "application/json").status.partition(" ")
+    number, _, reason = Response(status, (), 0, "application/json").status.partition(" ")
     assert number == str(status)
     assert reason
 

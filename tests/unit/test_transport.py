@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import signal
@@ -15,6 +16,8 @@ from typing import Callable
 
 import pytest
 
+from slotpool.errors import FileError
+from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.transport import Broken, NotSent, Transport
 
 LIMIT = 20.0  # seconds; only so that a defect does not hang the tests
@@ -523,3 +526,17 @@ def test_after_close_it_can_be_used_again() -> None:
         transport.close()
         assert get(transport) == (200, b"hi")
     assert server.accepted == 2
+
+
+def test_a_file_whose_end_never_comes_is_a_file_error_and_one_whose_end_comes_later_is_read() -> None:
+    short = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhi")
+    with serving(short, short, answering(OK)) as (_, transport), client_of(transport) as client:
+        assert client.read_file("slot_0", "lease", "f") == b"hi"
+    always = serving(short, short, short, short)
+    with always as (_, transport), client_of(transport) as client, pytest.raises(FileError, match="ended early") as failed:
+        client.read_file("slot_0", "lease", "f")
+    assert (failed.value.errno, failed.value.filename) == (errno.EIO, "f")
+
+
+def client_of(transport: Transport) -> contextlib.closing[SandboxClient]:
+    return contextlib.closing(SandboxClient(transport.address))

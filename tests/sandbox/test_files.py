@@ -1,0 +1,111 @@
+"""Files that are larger than what a server holds of them at once."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Server, StartServer
+
+from slotpool.errors import FileError
+from slotpool.sandbox.protocol import LEASE_HEADER, Lease
+
+LARGE = bytes(range(256)) * 65536  # 16 MiB, more than all buffers on the way
+
+
+def _most_memory(server: Server) -> int:
+    """MiB that the server has ever used."""
+    lines = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024
+
+
+def test_a_large_file_comes_and_goes_whole_and_the_server_does_not_hold_it(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.write_file(lease["slot"], lease["token"], "small", b"x")
+    assert server.client.read_file(lease["slot"], lease["token"], "small") == b"x"
+    before = _most_memory(server)
+    content = LARGE * 6
+    server.client.write_file(lease["slot"], lease["token"], "big", content)
+    assert server.client.read_file(lease["slot"], lease["token"], "big") == content
+    assert _most_memory(server) - before < 16
+    server.bash(lease, "truncate -s 300M big")
+    with pytest.raises(FileError, match="limit"):
+        server.client.read_file(lease["slot"], lease["token"], "big")
+
+
+def _connect(server: Server) -> http.client.HTTPConnection:
+    """For requests that take their time."""
+    connection = http.client.HTTPConnection("localhost", timeout=30)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(server.address.partition("://")[2])
+    return connection
+
+
+def _begin(server: Server, lease: Lease, method: str, size: int = 0) -> http.client.HTTPConnection:
+    connection = _connect(server)
+    connection.putrequest(method, f"/v1/slots/{lease['slot']}/file?path=big")
+    connection.putheader("Authorization", f"Bearer {server.token}")
+    connection.putheader(LEASE_HEADER, lease["token"])
+    if size:
+        connection.putheader("Content-Length", str(size))
+    connection.endheaders()
+    return connection
+
+
+def test_a_slow_reader_and_a_slow_writer_are_not_taken_for_a_slot_that_hangs(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1, file_patience=0.2)
+    (lease,) = server.lease()
+    writing = _begin(server, lease, "PUT", len(LARGE))
+    writing.send(LARGE[: len(LARGE) // 2])
+    time.sleep(0.5)
+    writing.send(LARGE[len(LARGE) // 2 :])
+    assert writing.getresponse().status == 204
+    writing.close()
+    reading = _begin(server, lease, "GET")
+    answer = reading.getresponse()
+    begin = answer.read(1)
+    time.sleep(0.5)
+    assert begin + answer.read() == LARGE
+    reading.close()
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_never_taken_for_whole(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.write_file(lease["slot"], lease["token"], "big", LARGE)
+    reading = _begin(server, lease, "GET")
+    answer = reading.getresponse()
+    server.bash(lease, ": >big")
+    with pytest.raises(http.client.IncompleteRead):
+        answer.read()
+    reading.close()
+    assert server.client.read_file(lease["slot"], lease["token"], "big") == b""
+
+
+def test_a_content_that_breaks_off_leaves_the_file_as_it_was(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.write_file(lease["slot"], lease["token"], "big", b"before")
+    writing = _begin(server, lease, "PUT", len(LARGE))
+    writing.send(LARGE[: len(LARGE) // 2])
+    assert server.bash(lease, "ls -A | wc -l")["stdout"] == "2\n"  # it is on its way
+    writing.close()
+    assert server.bash(lease, "until [ $(ls -A | wc -l) = 1 ]; do sleep 0.01; done; cat big")["stdout"] == "before"
+
+
+def test_a_lease_that_ends_while_its_file_is_read_ends_the_reading(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.client.write_file(lease["slot"], lease["token"], "big", LARGE)
+    reading = _begin(server, lease, "GET")
+    answer = reading.getresponse()
+    server.client.lease("test", 30, 0, [lease["token"]])
+    (following,) = server.lease()
+    assert server.bash(following, "ls -A")["stdout"] == ""
+    with pytest.raises(http.client.IncompleteRead):
+        answer.read()
+    reading.close()
