@@ -25,23 +25,36 @@ def _require_regular(fd: int) -> os.stat_result:
 
 
 def read_file(path: str, limit: int, sized: bool) -> None:
-    """To standard output. If it is to be ``sized``, its size goes before it, and no byte more."""
+    """To standard output; if it is to be ``sized``, after its size."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     size = _require_regular(fd).st_size
+    begun = b"" if size else _read_all(fd, limit + 1)  # in /proc they have no size, and a content all the same
+    size = size or len(begun)
     if size > limit:
         raise OSError(errno.EFBIG, f"{size} bytes, and the limit is {limit}")
+    _write(1, memoryview(SIZE.pack(size) + begun if sized else begun))
     # Copied, as sendfile(2) would put pages into the pipe that others may still change.
     chunk = memoryview(bytearray(_CHUNK))
-    left = size if sized else limit + 1
-    if sized:
-        os.write(1, SIZE.pack(size))
-    while count := os.readv(fd, [chunk[:left]]):
-        view = chunk[:count]
+    left = size - len(begun)
+    while left:
+        count = os.readv(fd, [chunk[:left]])
+        if not count:
+            raise OSError(errno.EIO, f"it became {left} bytes shorter while it was read")
         left -= count
-        while view:
-            view = view[os.write(1, view) :]
-    if sized and left:
-        raise OSError(errno.EIO, f"it became {left} bytes shorter while it was read")
+        _write(1, chunk[:count])
+
+
+def _read_all(fd: int, most: int) -> bytes:
+    parts = []
+    while part := os.read(fd, min(_CHUNK, most)):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
+
+
+def _write(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def write_file(path: str, size: int) -> None:
@@ -90,9 +103,7 @@ def _copy_exactly(source: int, target: int, size: int) -> None:
         if not chunk:
             raise OSError(errno.EPIPE, f"the content ended {left} bytes early")
         left -= len(chunk)
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(target, view) :]
+        _write(target, memoryview(chunk))
 
 
 def _umask() -> int:
