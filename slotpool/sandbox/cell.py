@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Callable
 
 from ..errors import SandboxStartFailed
-from . import nursery, zygote
+from . import linux, nursery, zygote
 from .confine import Order
+from .undertaker import Undertaker
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
 DEATH_LIMIT = 10.0  # seconds for all its processes to die
@@ -55,6 +56,7 @@ class NurseryProcess:
                 cwd="/",
             )
             self._control = near.dup()
+        self._undertaker = Undertaker()
 
     def spawn(self, order: Order) -> Cell:
         """Make a sandbox; returns when a zygote stands in it.
@@ -70,7 +72,7 @@ class NurseryProcess:
                 near.close()
                 lifeline.close()
                 raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
-        cell = Cell(order, near, lifeline)
+        cell = Cell(order, near, lifeline, self._undertaker)
         try:
             cell.wait_ready()
         except BaseException:
@@ -86,13 +88,15 @@ class NurseryProcess:
         """End every sandbox and the nursery; returns when it has ended."""
         self._control.close()
         self.wait()
+        self._undertaker.stop()
 
 
 class Cell:
     """One sandbox. Thread-safe; calls in it may run side by side."""
 
-    def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket) -> None:
+    def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket, undertaker: Undertaker) -> None:
         self.order = order
+        self._undertaker = undertaker
         self._control = control
         self._lifeline = lifeline
         self._lock = threading.Lock()  # guards _armed, _arming and _destroyed, and that the sockets aren't closed while in use
@@ -184,23 +188,30 @@ class Cell:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
             self._control.sendmsg([json.dumps(order).encode()], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
-    def destroy(self) -> bool:
-        """Kill every process in it; True if it is certain that none is left. Calls in it end as lost. Repeatable."""
+    def destroy(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Kill every process in it; True if it is certain that none is left. Calls in it end as lost. Repeatable.
+
+        :param meanwhile: what can be done while they die.
+        """
         with self._lock:
             self._destroyed = True
             armed, self._armed = self._armed, []
         with self._ending:
             if self._dead is None:
-                self._dead = self._end()
+                self._dead = self._end(meanwhile)
             for call in armed:  # not before: the zygote would look for the processes of each, only to die with them
                 call.close()
             return self._dead
 
-    def _end(self) -> bool:
+    def _end(self, meanwhile: Callable[[], None]) -> bool:
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
+            meanwhile()
             self._lifeline.settimeout(DEATH_LIMIT)
-            return self._lifeline.recv(64) == nursery.DEAD
+            told, namespaces = linux.receive(self._lifeline, 64, 8)
+            if namespaces:
+                self._undertaker.take(namespaces)
+            return told == nursery.DEAD
         except OSError:
             return False
         finally:

@@ -12,7 +12,6 @@ from typing import NoReturn, TypedDict
 from . import landlock, linux
 
 BWRAP_READY = b"ready"
-_MOST_WATCHED = 32
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
 _NAMESPACES = (
     ("ipc", linux.CLONE_NEWIPC),
@@ -129,6 +128,17 @@ def _namespace(pid: int, name: str) -> int:
     return os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
 
 
+def namespaces_to_keep(pid: int) -> list[int]:
+    """Descriptors of those of process ``pid`` that take long to be taken down; fewer, or another's, if it has ended."""
+    fds = []
+    try:
+        for name in ("mnt", "net", "ipc"):
+            fds.append(_namespace(pid, name))
+    except OSError:
+        pass
+    return fds
+
+
 def _shared(pid: int, name: str) -> bool:
     return os.path.samefile(f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}")
 
@@ -145,42 +155,33 @@ def _forbid_user_namespaces() -> None:
         pass
 
 
-def kill_user(uid: int, killer: int) -> list[int]:
-    """Kill all processes of user ``uid``, in one moment; pidfds of some that are dying. As root, in a process without threads.
+def kill_user(uid: int, killer: int) -> None:
+    """Kill all processes of user ``uid``, in one moment. As root, in a process without threads.
 
     A kill(2) of -1 reaches whatever its caller may signal, and what has the signal pending can't fork. So for that moment this
     process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so that it may signal
     nobody else, and those that it kills may not signal it.
 
-    :return: few at a time, so that they can be had; when those are dead, call it again until there is none.
-    :raises OSError: it is not known what is left.
+    :raises OSError: it has not been done.
     """
-    dying: list[int] = []
     os.setresuid(killer, uid, 0)
     try:
         if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
             raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
-        try:
-            os.kill(-1, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # there is none
-            return dying
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            if pid == os.getpid():
-                continue
-            if len(dying) == _MOST_WATCHED:
-                break
-            try:
-                os.kill(pid, 0)
-                dying.append(os.pidfd_open(pid))
-            except (ProcessLookupError, PermissionError):
-                continue
-            except OSError:  # no more descriptors to be had
-                if not dying:
-                    raise
-                break
+        os.kill(-1, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # there is none
+        pass
     finally:
         try:
             os.setresuid(0, 0, 0)
         except BaseException:
             os._exit(1)  # nothing that this process does from here on would be what it is meant to be
-    return dying
+
+
+def has_processes(uid: int) -> bool:
+    """Whether user ``uid`` has any, one that is dead and not yet waited for included: see getpriority(2), PRIO_USER."""
+    try:
+        os.getpriority(os.PRIO_USER, uid)
+    except ProcessLookupError:
+        return False
+    return True

@@ -48,12 +48,13 @@ class Host:
         self.isolation = self._maker.isolation
         self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]
-        # Guards _table, _tenancies, the spare and _closing; signalled when a slot becomes free.
+        # Guards the fields from here to _closing; signalled when a slot becomes free, and when one of them changes otherwise.
         self._changed = threading.Condition()
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
         self._spare: Tenancy | None = None  # made in advance, so that a slot which is given back need not wait for one
         self._making_spare = False
+        self._cleaning = 0  # requests that clean a slot
         self._closing = False
         self.warmer = Warmer()
         self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
@@ -134,8 +135,16 @@ class Host:
         with self._changed:
             self._refuse_if_closing()
             to_clean = self._table.release(release)
+            # If it has to wait for one of them anyway, it cleans that itself: handing it over would cost two wake-ups.
+            own = to_clean.pop() if to_clean and take and wait and not self._table.has_free() else None
+            self._cleaning += own is not None
         self._clean(to_clean)
+        if own is not None:
+            self._make_ready(own)
         with self._changed:
+            if own is not None:
+                self._cleaning -= 1
+                self._changed.notify_all()
             while True:
                 self._refuse_if_closing()
                 now = time.monotonic()
@@ -342,5 +351,7 @@ class Host:
             tenancy.cell.destroy()
         self._reaper.join()
         self._cleaners.shutdown()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._cleaning)
         self.warmer.stop()
         self._maker.close()

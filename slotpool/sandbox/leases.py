@@ -127,6 +127,10 @@ class LeaseTable:
         self._cordons[owner] = until
         return True
 
+    def has_free(self) -> bool:
+        """Whether a slot may be leased, unless it is cordoned."""
+        return any(row.state is State.FREE for row in self._rows.values())
+
     def leased(self) -> int:
         """How many slots are leased."""
         return len(self._by_token)

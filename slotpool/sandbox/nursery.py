@@ -6,7 +6,8 @@ slot. Each sandbox's zygote is forked from here, so a slot costs a fork, not an 
 Each message on the control socket (``SOCK_SEQPACKET``, its descriptor is the first argument) asks for one sandbox: a
 JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the zygote's control socket and a *lifeline*.
 The sandbox lives as long as the other side keeps its end of the lifeline open for writing. Then every process of it is killed,
-and :data:`DEAD` on the lifeline says that none is left; an end of file without it says that nobody could make sure.
+and :data:`DEAD` on the lifeline says that none is left, with descriptors of the namespaces that it had, for the other side to
+close; an end of file without it says that nobody could make sure.
 
 When the server is gone, however it went, all sandboxes are ended and its directory, the second argument, is removed.
 """
@@ -21,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Callable
 
 from . import confine, killing, linux, trees, zygote
@@ -39,7 +41,8 @@ class Nursery:
         self._control = control
         self._poller = Poller()
         self.watch, self.unwatch = self._poller.watch, self._poller.unwatch
-        self.exited: dict[int, Callable[[int], None]] = {}
+        self.exited: dict[int, Callable[[bool], None]] = {}  # by process id; told whether its status was 0
+        self.bereaved: dict[int, Callable[[], None]] = {}  # by user id; called when processes of that user have been waited for
         self.living: set[Sandbox] = set()
         self._serving = True
         self._later: list[tuple[float, Callable[[], None]]] = []
@@ -78,16 +81,21 @@ class Nursery:
 
     def _reap(self, wake: socket.socket) -> None:
         wake.recv(4096)
+        calls: dict[int, Callable[[], None]] = {}
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
             except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            exited = self.exited.pop(pid, None)
+                break
+            if ended is None:
+                break
+            exited = self.exited.pop(ended.si_pid, None)
             if exited is not None:
-                _guarded(functools.partial(exited, status))
+                _guarded(functools.partial(exited, ended.si_code == os.CLD_EXITED and ended.si_status == 0))
+            if ended.si_uid in self.bereaved:
+                calls[ended.si_uid] = self.bereaved[ended.si_uid]
+        for call in calls.values():
+            _guarded(call)
 
     def _take_order(self) -> None:
         message, fds = linux.receive(self._control, 1 << 18, 2)
@@ -152,18 +160,17 @@ class Sandbox:
         self.nursery.unwatch(self._lifeline.fileno())
         self.kill()
 
-    def died(self) -> None:
-        self._tell(DEAD)
-
-    def survived(self) -> None:
-        self._tell(b"")
-
-    def _tell(self, word: bytes) -> None:
+    def died(self, namespaces: Sequence[int] = ()) -> None:
         try:
-            if word:
-                self._lifeline.send(word, socket.MSG_NOSIGNAL)
+            socket.send_fds(self._lifeline, [DEAD], namespaces)
         except OSError:  # nobody waits for it
             pass
+        self._gone()
+
+    def survived(self) -> None:
+        self._gone()
+
+    def _gone(self) -> None:
         self._lifeline.close()
         self.nursery.living.discard(self)
 
@@ -191,7 +198,7 @@ class Sandbox:
             except BaseException as e:
                 print(f"slotpool: can't end a sandbox: {e!r}", file=sys.stderr, flush=True)
                 os._exit(1)
-        self.nursery.exited[pid] = lambda status: self.died() if status == 0 else self.survived()
+        self.nursery.exited[pid] = lambda well: self.died() if well else self.survived()
 
 
 class PlainSandbox(Sandbox):
@@ -203,7 +210,7 @@ class PlainSandbox(Sandbox):
         self._zygote = self.fork_zygote(lambda: None)
         self.nursery.exited[self._zygote] = self._zygote_exited
 
-    def _zygote_exited(self, status: int) -> None:
+    def _zygote_exited(self, well: bool) -> None:
         self._zygote = None
 
     def kill(self) -> None:
@@ -215,30 +222,39 @@ class PlainSandbox(Sandbox):
 
 
 class UserSandbox(Sandbox):
-    """Mode ``user``: the processes are found by their user."""
+    """Mode ``user``: the processes are found by their user. All descend from the nursery, to which orphans come, see
+    linux.set_child_subreaper(); so the last one's end is one that it waits for.
+    """
+
+    _zygote: int | None = None
 
     def start(self) -> None:
-        self._dying: set[int] = set()
-        self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
+        self._zygote = self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
+        self.nursery.exited[self._zygote] = self._zygote_exited
+
+    def _zygote_exited(self, well: bool) -> None:
+        self._zygote = None
 
     def kill(self) -> None:
+        self.nursery.bereaved[self.order["uid"]] = self._look
+        if self._zygote is not None:
+            os.kill(self._zygote, signal.SIGKILL)  # it may not be that user yet
         try:
-            self._dying = set(confine.kill_user(self.order["uid"], self.order["killer"]))
+            confine.kill_user(self.order["uid"], self.order["killer"])
         except OSError as e:
             print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
-            self.nursery.later(self.kill)
-            return
-        for fd in self._dying:
-            self.nursery.watch(fd, functools.partial(self._one_died, fd))
-        if not self._dying:
-            self._clear()
+        self._look()
+        self.nursery.later(self._kill_again)
 
-    def _one_died(self, fd: int) -> None:
-        self._dying.discard(fd)
-        self.nursery.unwatch(fd)
-        os.close(fd)
-        if not self._dying:
-            self.kill()  # what is left
+    def _kill_again(self) -> None:
+        if self.order["uid"] in self.nursery.bereaved:
+            self.kill()
+
+    def _look(self) -> None:
+        uid = self.order["uid"]
+        if self._zygote is None and uid in self.nursery.bereaved and not confine.has_processes(uid):
+            del self.nursery.bereaved[uid]
+            self._clear()
 
     def _clear(self) -> None:
         """Remove what it has left in shared places; apart, if that may take a while."""
@@ -343,6 +359,7 @@ class BwrapSandbox(Sandbox):
         if self._first is None:
             self.survived() if self._unknown else self.died()
             return
+        self._namespaces = confine.namespaces_to_keep(self._first_pid)
         try:
             signal.pidfd_send_signal(self._first, signal.SIGKILL)
         except ProcessLookupError:
@@ -352,7 +369,9 @@ class BwrapSandbox(Sandbox):
     def _first_died(self) -> None:
         assert self._first is not None
         self._close(self._first)
-        self.died()
+        self.died(self._namespaces)
+        for fd in self._namespaces:
+            os.close(fd)
 
 
 KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "bwrap": BwrapSandbox}

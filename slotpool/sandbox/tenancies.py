@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -157,10 +158,22 @@ class TenancyMaker:
         """
         with tenancy.lock:  # a reset and a release may meet here
             tenancy.ended = True
-            if not tenancy.cell.destroy():
+            if not tenancy.cell.destroy(functools.partial(self._begin_to_remove, tenancy.place)):
                 raise SandboxStartFailed("its processes could not be killed")
             trees.remove_tree(tenancy.place.directory)
         self._leave(tenancy.place)
+
+    def _begin_to_remove(self, place: Place) -> None:
+        """While its processes die, which may be in the way, or make what is not seen any more.
+
+        Not where their working directory would really go only with the last of them, and hold up its death.
+        """
+        if self.isolation.mode != "bwrap":
+            return
+        try:
+            trees.remove_tree(place.directory)
+        except OSError:
+            log.debug("%s could not be removed at once", place.directory, exc_info=True)
 
     def _leave(self, place: Place) -> None:
         """Nothing of it is left."""
