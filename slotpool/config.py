@@ -44,6 +44,10 @@ def _seconds(low: float, high: float) -> _Validator:
     return _check(f"a number of seconds from {low:g} to {high:g}", lambda v: _is_number(v) and low <= v <= high)
 
 
+def _processors(low: float, high: float) -> _Validator:
+    return _check(f"a number of processors from {low:g} to {high:g}", lambda v: _is_number(v) and low <= v <= high)
+
+
 def _one_of(*choices: str) -> _Validator:
     return _check(" or ".join(repr(c) for c in choices), lambda v: v in choices)
 
@@ -152,6 +156,12 @@ class SlotPoolConfig:
     :ivar max_output: bytes kept of a command's stdout, and of its stderr.
     :ivar max_file_size: bytes of a file read or written.
     :ivar max_processes: processes and threads of a slot.
+    :ivar max_memory: MB of memory for a slot. Default: as much as there is. By control groups where the server may write them
+        (:meth:`SlotPool.get_stats` tells under ``limits``), else for each of its processes by itself.
+    :ivar max_cpus: processors that a slot may use. Default: its even share of all. Needs control groups.
+    :ivar max_written: bytes of each file that a slot's own commands write. Default: as much as fits.
+    :ivar max_disk: MB of files in a slot's workspace, and as many in each of ``/tmp``, ``/var/tmp`` and ``/dev/shm``. They are
+        kept in memory then, and count towards ``max_memory``. Default: as much as fits. Needs isolation ``bwrap``.
     :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like.
     :ivar state_dir: where local containers keep workspaces. Default: below the system's directory for temporary files.
     :ivar nomad_address: of a Nomad agent, ``http://host:4646`` or ``unix:///path``. Default: ``NOMAD_ADDR``. So it is with
@@ -195,6 +205,10 @@ class SlotPoolConfig:
     max_output: int = _field(50_000, _integer(0, 100 * 1024 * 1024))
     max_file_size: int = _field(256 * 1024 * 1024, _integer(1, 1024 * 1024 * 1024))
     max_processes: int = _field(1024, _integer(16, 1_000_000))
+    max_memory: int | None = _field(None, _or_none(_integer(16, 100_000_000)))
+    max_cpus: float | None = _field(None, _or_none(_processors(0.01, 10_000)))
+    max_written: int | None = _field(None, _or_none(_integer(1, 1 << 50)))
+    max_disk: int | None = _field(None, _or_none(_integer(1, 100_000_000)))
     readonly_paths: tuple[str, ...] = _field((), _paths, converter=_strings)
     state_dir: str | None = _field(None, _or_none(_path))
 

@@ -13,7 +13,7 @@ import socket
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -342,11 +342,16 @@ class SlotPool:
                 "pool_min": self.config.min_containers,
                 "pool_max": self.config.max_containers,
                 "isolation": sorted({str(container.info.get("isolation")) for container in containers}),
+                "limits": _limits_of([container.info.get("limits") or {} for container in containers]),
                 **supply.counters.as_dict(),
             }
 
     def __repr__(self) -> str:
         return f"<SlotPool {self.config.backend}, {self._state}, {self.acquired_slots} of {self.total_slots} slots acquired>"
+
+
+def _limits_of(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    return {kind: sorted({limits[kind] for limits in told if kind in limits}) for kind in sorted(set().union(*told))}
 
 
 def _fleet_of(config: SlotPoolConfig) -> Fleet:
@@ -360,6 +365,10 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
                 "max_output": config.max_output,
                 "max_file": config.max_file_size,
                 "max_processes": config.max_processes,
+                "max_memory": config.max_memory and config.max_memory << 20,
+                "max_cpus": config.max_cpus,
+                "max_written": config.max_written,
+                "max_disk": config.max_disk and config.max_disk << 20,
                 "readonly_paths": config.readonly_paths,
                 "state_dir": config.state_dir,
             }

@@ -34,6 +34,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         default = attr.fields_dict(SlotPoolConfig)[name].default
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what}; default: %(default)s")
+    parser.add_argument("--max-memory", type=int, metavar="MB", help="of a slot; default: as much as there is")
+    parser.add_argument("--max-cpus", type=float, metavar="N", help="processors of a slot; default: its even share of all")
+    parser.add_argument("--max-written", type=int, metavar="N", help="bytes of each file that a slot's commands write")
+    parser.add_argument("--max-disk", type=int, metavar="MB", help="of a slot's files, kept in memory; with isolation bwrap")
     parser.add_argument(
         "--readonly-path", action="append", default=[], metavar="DIR", help="directory that slots see; repeatable"
     )
@@ -56,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
         max_output=args.max_output,
         max_file_size=args.max_file_size,
         max_processes=args.max_processes,
+        max_memory=args.max_memory,
+        max_cpus=args.max_cpus,
+        max_written=args.max_written,
+        max_disk=args.max_disk,
         readonly_paths=args.readonly_path,
     )
     if not 0 <= args.port <= 65535:
@@ -67,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
         max_output=checked.max_output,
         max_file=checked.max_file_size,
         max_processes=checked.max_processes,
+        max_memory=checked.max_memory and checked.max_memory << 20,
+        max_cpus=checked.max_cpus,
+        max_written=checked.max_written,
+        max_disk=checked.max_disk and checked.max_disk << 20,
         readonly_paths=checked.readonly_paths,
         state_dir=checked.state_dir,
     )

@@ -37,8 +37,8 @@ _F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
 class NurseryProcess:
     """The running nursery. Thread-safe."""
 
-    def __init__(self, directory: str, locks: Sequence[int]) -> None:
-        """Start it. It removes ``directory`` when it ends, after every sandbox, and keeps ``locks`` open until then."""
+    def __init__(self, directory: str, groups: Sequence[str], locks: Sequence[int]) -> None:
+        """Start it. When it ends, after every sandbox, it removes ``directory`` and ``groups``, and lets go of ``locks``."""
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with near, far:
             package_root = str(Path(__file__).resolve().parents[2])
@@ -46,7 +46,7 @@ class NurseryProcess:
                 "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
             )
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory],
+                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory, *groups],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[far.fileno(), *locks],
@@ -56,7 +56,7 @@ class NurseryProcess:
                 cwd="/",
             )
             self._control = near.dup()
-        self._undertaker = Undertaker()
+        self.undertaker = Undertaker()
 
     def spawn(self, order: Order) -> Cell:
         """Make a sandbox; returns when a zygote stands in it.
@@ -72,7 +72,7 @@ class NurseryProcess:
                 near.close()
                 lifeline.close()
                 raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
-        cell = Cell(order, near, lifeline, self._undertaker)
+        cell = Cell(order, near, lifeline, self.undertaker)
         try:
             cell.wait_ready()
         except BaseException:
@@ -88,7 +88,7 @@ class NurseryProcess:
         """End every sandbox and the nursery; returns when it has ended."""
         self._control.close()
         self.wait()
-        self._undertaker.stop()
+        self.undertaker.stop()
 
 
 class Cell:
@@ -210,13 +210,18 @@ class Cell:
             self._lifeline.settimeout(DEATH_LIMIT)
             told, namespaces = linux.receive(self._lifeline, 64, 8)
             if namespaces:
-                self._undertaker.take(namespaces)
+                self._undertaker.take(lambda: _close_all(namespaces))
             return told == nursery.DEAD
         except OSError:
             return False
         finally:
             self._lifeline.close()
             self._control.close()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _widen(pipe: int) -> None:

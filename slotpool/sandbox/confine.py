@@ -9,7 +9,7 @@ import resource
 import signal
 from typing import NoReturn, TypedDict
 
-from . import landlock, linux
+from . import cgroups, landlock, linux
 
 BWRAP_READY = b"ready"
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
@@ -46,6 +46,7 @@ class Order(TypedDict):
     limits: dict[str, int]  # by the names of resource.RLIMIT_*
     landlock: Landlock | None
     killer: int  # mode user: whom the nursery is when it kills that user's processes, see kill_user
+    groups: list[str]  # control groups to be in, see cgroups.join()
     scratch: list[str]  # mode user: shared directories to clear of the user's files at the end
 
 
@@ -57,6 +58,14 @@ def become_user(uid: int, gid: int) -> None:
         os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
+
+
+def join_groups(order: Order) -> None:
+    """Enter the sandbox's control groups, and be the first to go when memory runs out, before whoever serves all slots."""
+    cgroups.join(order["groups"])
+    linux.set_dumpable(True)  # else the file is root's
+    with open("/proc/self/oom_score_adj", "wb") as score:
+        score.write(b"1000")
 
 
 def settle(order: Order) -> None:
@@ -89,6 +98,7 @@ def exec_bwrap(order: Order, stdin: int, stdout: int, info: int) -> NoReturn:
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)  # its messages; the server's own standard error must not be had from inside
         parent = os.getppid()
+        cgroups.join(order["groups"])
         become_user(order["uid"], order["gid"])
         linux.set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it died before it could be noticed

@@ -325,6 +325,7 @@ class Host:
             "boot_id": self.boot_id,
             "isolation": self.isolation.mode,
             "landlock": self.isolation.landlock,
+            "limits": self._maker.limits,
             "network": self.isolation.default_network,
             "slots": self.config.slots,
             "counts": counts,

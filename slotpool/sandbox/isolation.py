@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Callable
 
 import attr
@@ -51,6 +51,7 @@ class Place:
     gid: int
     killer: int  # see Order
     network: bool
+    groups: tuple[str, ...] = ()  # see Order
 
     @property
     def workspace(self) -> str:
@@ -62,13 +63,22 @@ class Place:
 
 
 @attr.s(slots=True, auto_attribs=True, frozen=True)
+class Limits:
+    """What keeps a slot within bounds, beside control groups."""
+
+    max_processes: int
+    max_disk: int | None  # bytes of its workspace, and of each other place where it can write
+    asked_for: Mapping[str, int]  # of each process, by the names of resource.RLIMIT_*
+
+
+@attr.s(slots=True, auto_attribs=True, frozen=True)
 class Isolation:
     """A mode that works here."""
 
     mode: str
     landlock: int  # version of Landlock's interface in use, 0 for none
     own_users: bool  # each lease has a Unix user of its own
-    max_processes: int
+    limits: Limits
     readonly_paths: Sequence[str]
 
     @property
@@ -86,12 +96,19 @@ class Isolation:
         """The workspace as the slot sees it."""
         return INNER_WORKSPACE if self.mode == "bwrap" else place.workspace
 
+    @property
+    def rlimits(self) -> dict[str, int]:
+        """Of each process, by the names of ``resource.RLIMIT_*``."""
+        if self.mode == "none":
+            return dict(self.limits.asked_for)
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": _MAX_FILES, **self.limits.asked_for}
+        if self.own_users or _processes_counted_by_namespace():
+            limits["RLIMIT_NPROC"] = self.limits.max_processes
+        return limits
+
     def order(self, place: Place) -> Order:
         inner = INNER_UID if self.mode == "bwrap" else place.uid
         workspace = self.workspace(place)
-        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": _MAX_FILES}
-        if self.own_users or _processes_counted_by_namespace():
-            limits["RLIMIT_NPROC"] = self.max_processes
         return {
             "mode": self.mode,
             "bwrap": self._bwrap(place) if self.mode == "bwrap" else [],
@@ -111,9 +128,10 @@ class Isolation:
                 "TMPDIR": "/tmp" if self.mode == "bwrap" else place.tmp,
             },
             "umask": 0o022 if self.mode == "bwrap" else 0o077,
-            "limits": limits if self.mode != "none" else {},
+            "limits": self.rlimits,
             "landlock": self._landlock(place) if self.landlock else None,
             "killer": place.killer,
+            "groups": list(place.groups),
             "scratch": list(_SCRATCH) if self.mode == "user" else [],
         }
 
@@ -129,10 +147,18 @@ class Isolation:
             elif os.path.isdir(path):
                 args += ["--ro-bind", path, path]
         args += ["--ro-bind", place.etc, "/etc"]
-        args += "--proc /proc --dev /dev --perms 1777 --tmpfs /tmp --perms 1777 --tmpfs /var/tmp --dir /run".split()
+        disk = self.limits.max_disk
+        size = ["--size", str(disk)] if disk is not None else []
+        args += ["--proc", "/proc", "--dev", "/dev", "--dir", "/run"]
+        for path in ("/tmp", "/var/tmp") if disk is None else ("/tmp", "/var/tmp", "/dev/shm"):
+            args += ["--perms", "1777", *size, "--tmpfs", path]
         for path in self.readonly_paths:
             args += ["--ro-bind", path, path]
-        return [*args, "--bind", place.workspace, INNER_WORKSPACE, "--remount-ro", "/", "--chdir", INNER_WORKSPACE]
+        if disk is None:
+            args += ["--bind", place.workspace, INNER_WORKSPACE]
+        else:
+            args += ["--perms", "0700", *size, "--tmpfs", INNER_WORKSPACE]
+        return [*args, "--remount-ro", "/", "--chdir", INNER_WORKSPACE]
 
     def _landlock(self, place: Place) -> Landlock:
         etc = [f"/etc/{name}" for name in (*_ETC, "passwd", "group")]
@@ -183,7 +209,10 @@ def _unreadable(directory: str, names: list[str]) -> list[str]:
 
 
 def choose(
-    requested: str, try_out: Callable[[Isolation], None], max_processes: int, readonly_paths: Sequence[str]
+    requested: str,
+    try_out: Callable[[Isolation], None],
+    limits: Limits,
+    readonly_paths: Sequence[str],
 ) -> Isolation:
     """The isolation to use.
 
@@ -200,8 +229,11 @@ def choose(
         if mode == "user" and not root:
             reasons[mode] = "the server does not run as root"
             continue
+        if mode != "bwrap" and limits.max_disk is not None:
+            reasons[mode] = "it can't keep max_disk"
+            continue
         version = landlock.abi() if mode == "user" else 0
-        isolation = Isolation(mode, version, root and mode != "none", max_processes, tuple(readonly_paths))
+        isolation = Isolation(mode, version, root and mode != "none", limits, tuple(readonly_paths))
         try:
             try_out(isolation)
         except SandboxStartFailed as e:

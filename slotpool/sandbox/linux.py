@@ -64,9 +64,9 @@ def set_no_new_privs() -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def set_undumpable() -> None:
-    """Keep processes of the same user away from this one's memory, environment and descriptors."""
-    prctl(PR_SET_DUMPABLE, 0)
+def set_dumpable(dumpable: bool) -> None:
+    """False: keep processes of the same user away from this one's memory, environment and descriptors."""
+    prctl(PR_SET_DUMPABLE, dumpable)
 
 
 def set_child_subreaper() -> None:

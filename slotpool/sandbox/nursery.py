@@ -9,7 +9,8 @@ The sandbox lives as long as the other side keeps its end of the lifeline open f
 and :data:`DEAD` on the lifeline says that none is left, with descriptors of the namespaces that it had, for the other side to
 close; an end of file without it says that nobody could make sure.
 
-When the server is gone, however it went, all sandboxes are ended and its directory, the second argument, is removed.
+When the server is gone, however it went, all sandboxes are ended, and its directory, the second argument, and its control
+groups, the further ones, are removed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections.abc import Sequence
 from typing import Callable
 
-from . import confine, killing, linux, trees, zygote
+from . import cgroups, confine, killing, linux, trees, zygote
 from .confine import Order
 from .poller import Poller
 
@@ -381,11 +382,13 @@ def main(argv: list[str]) -> None:
     control, directory = _keep_to_ourselves(int(argv[0])), argv[1]
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     linux.set_child_subreaper()
-    linux.set_undumpable()
+    linux.set_dumpable(False)
     gc.freeze()
     Nursery(socket.socket(fileno=control)).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
+    for groups in argv[2:]:
+        cgroups.remove_all(groups)
 
 
 def _keep_to_ourselves(control: int) -> int:

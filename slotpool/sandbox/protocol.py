@@ -6,8 +6,8 @@ JSON over HTTP/1.1, but for the content of files, which is raw. Every request bu
 the lease.
 
 ``GET /health``
-    200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock slots counts`` (slots
-    by state).
+    200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock limits slots counts``
+    (``limits``: by what each kind is kept; ``counts``: slots by state).
 ``GET /v1/slots``
     200 ``{"slots": [{"slot", "state", "owner", "why"}]}``.
 ``POST /v1/leases`` ``{"owner": str, "ttl": seconds, "take": int, "release": [lease token], "wait": seconds}``

@@ -11,11 +11,11 @@ import threading
 
 import attr
 
-from ..errors import SandboxStartFailed
-from . import isolation, trees
+from ..errors import SandboxStartFailed, StartFailed
+from . import cgroups, isolation, trees
 from .cell import Cell, NurseryProcess
 from .executions import Executions
-from .isolation import Isolation, Place
+from .isolation import Isolation, Limits, Place
 from .protocol import RequestFailed
 from .state import StateDirectory
 from .tools import Setting
@@ -35,6 +35,10 @@ class HostConfig:
     max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
     file_patience: float = 20.0  # seconds without a byte after which reading or writing one ends: the slot moves them
     max_processes: int = 1024  # for each slot
+    max_memory: int | None = None  # bytes for each slot
+    max_cpus: float | None = None  # processors for each slot
+    max_written: int | None = None  # bytes of a file that a slot's own processes write
+    max_disk: int | None = None  # bytes of all files of each slot
     readonly_paths: tuple[str, ...] = ()
     state_dir: str | None = None
 
@@ -63,22 +67,68 @@ class TenancyMaker:
         self._serial = itertools.count()
         self._users: UserBlock | None = None
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
-        self._state = StateDirectory(config.state_dir)
-        self.socket_path = os.path.join(self._state.path, "http.sock")
-        self._slots_dir = os.path.join(self._state.path, "slots")
-        self._etc = os.path.join(self._state.path, "etc")
-        if os.geteuid() == 0 and config.isolation != "none":
-            self._users = UserBlock()
-        # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
-        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
-        self._nursery = NurseryProcess(self._state.path, locks)
+        self._groups = self._find_groups()
+        try:
+            self._begin()
+        except BaseException:
+            if self._groups is not None:
+                self._groups.close()
+            raise
         try:
             os.mkdir(self._slots_dir, 0o711)
             isolation.write_etc(self._etc)
-            self.isolation = isolation.choose(config.isolation, self._try_out, config.max_processes, config.readonly_paths)
+            self.isolation = isolation.choose(config.isolation, self._try_out, self._limits(), config.readonly_paths)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        self._state = StateDirectory(self._config.state_dir)
+        self.socket_path = os.path.join(self._state.path, "http.sock")
+        self._slots_dir = os.path.join(self._state.path, "slots")
+        self._etc = os.path.join(self._state.path, "etc")
+        if os.geteuid() == 0 and self._config.isolation != "none":
+            self._users = UserBlock()
+        # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
+        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
+        self._nursery = NurseryProcess(self._state.path, self._groups.roots if self._groups else (), locks)
+
+    def _find_groups(self) -> cgroups.Groups | None:
+        """Control groups, if they can be had: also where nothing is limited, as slots then share the processors evenly.
+
+        :raises StartFailed: a limit that only they can keep is asked for.
+        """
+        config = self._config
+        try:
+            return cgroups.find(config.max_memory, config.max_cpus)
+        except OSError as e:
+            if config.max_cpus is not None:
+                raise StartFailed(f"max_cpus: expected control groups that this server may write, got none: {e}") from e
+            log.info("no control groups can be had: %s", e)
+            return None
+
+    def _limits(self) -> Limits:
+        config = self._config
+        asked_for = {}
+        if config.max_memory is not None and self._groups is None:
+            asked_for["RLIMIT_DATA"] = config.max_memory
+        if config.max_written is not None:
+            asked_for["RLIMIT_FSIZE"] = config.max_written
+        return Limits(config.max_processes, config.max_disk, asked_for)
+
+    @property
+    def limits(self) -> dict[str, str]:
+        """By what each kind of limit is kept; ``none`` for what is not limited."""
+        by_group = f"cgroup v{self._groups.version}" if self._groups is not None else "none"
+        by_process = self.isolation.rlimits
+        return {
+            "processes": "rlimit" if "RLIMIT_NPROC" in by_process else "none",
+            "open_files": "rlimit" if "RLIMIT_NOFILE" in by_process else "none",
+            "memory": "rlimit" if "RLIMIT_DATA" in by_process else by_group if self._config.max_memory is not None else "none",
+            "cpu": by_group if self._config.max_cpus is not None else "none",
+            "file_size": "rlimit" if "RLIMIT_FSIZE" in by_process else "none",
+            "disk": "tmpfs" if self._config.max_disk is not None else "none",
+        }
 
     def wait(self) -> None:
         """Wait until the nursery has ended."""
@@ -88,6 +138,8 @@ class TenancyMaker:
         """End every sandbox, remove every file."""
         self._state.release()
         self._nursery.close()
+        if self._groups is not None:
+            self._groups.close()
         if self._users is not None:
             self._users.clear()  # nobody is left, unless the nursery was killed
             self._users.close()
@@ -109,7 +161,8 @@ class TenancyMaker:
             with self._users_lock:
                 uid = gid = self._users.take()
         directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
-        place = Place(directory, self._etc, uid, gid, killer, network)
+        groups = self._groups.make(os.path.basename(directory)) if self._groups is not None else []
+        place = Place(directory, self._etc, uid, gid, killer, network, tuple(groups))
         # A slot can open its workspace to everybody, but not the way to it.
         os.mkdir(directory, 0o710)
         if uid != os.geteuid():
@@ -131,6 +184,7 @@ class TenancyMaker:
             cell = self._nursery.spawn(self.isolation.order(place))
         except BaseException:
             trees.remove_tree(place.directory)
+            self._disband(place)
             raise
         cell.arm()
         workspace = self.isolation.workspace(place)
@@ -175,8 +229,13 @@ class TenancyMaker:
         except OSError:
             log.debug("%s could not be removed at once", place.directory, exc_info=True)
 
+    def _disband(self, place: Place) -> None:
+        if self._groups is not None:
+            self._groups.remove(os.path.basename(place.directory))
+
     def _leave(self, place: Place) -> None:
         """Nothing of it is left."""
+        self._nursery.undertaker.take(functools.partial(self._disband, place))
         if self._users is not None:
             with self._users_lock:
                 self._users.give_back(place.uid)

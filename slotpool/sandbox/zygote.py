@@ -65,7 +65,8 @@ def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]
         signal.set_wakeup_fd(-1)  # the nursery's
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _keep_only(control)
-        linux.set_undumpable()
+        confine.join_groups(order)
+        linux.set_dumpable(False)
         linux.leave_session_keyring()
         enter()
         linux.set_child_subreaper()
@@ -220,8 +221,7 @@ class Zygote:
         try:
             os.setsid()
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
-            for signum in _DEFAULTED:
-                signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.dup2(fds.get("stdin", self._null), 0)
             os.dup2(fds["stdout"], 1)
             os.dup2(fds["stderr"], 2)

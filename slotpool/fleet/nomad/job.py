@@ -144,6 +144,12 @@ def _driver_config(config: SlotPoolConfig) -> dict[str, Any]:
 
 def _arguments(config: SlotPoolConfig, host: str, port: str) -> list[str]:
     """Of ``slotpool serve``."""
+    optional = (
+        ("--max-memory", config.max_memory),
+        ("--max-cpus", config.max_cpus),
+        ("--max-written", config.max_written),
+        ("--max-disk", config.max_disk),
+    )
     settings: Sequence[tuple[str, object]] = (
         ("--host", host),
         ("--port", port),
@@ -154,6 +160,7 @@ def _arguments(config: SlotPoolConfig, host: str, port: str) -> list[str]:
         ("--max-output", config.max_output),
         ("--max-file-size", config.max_file_size),
         ("--max-processes", config.max_processes),
+        *((name, value) for name, value in optional if value is not None),
         *(("--readonly-path", path) for path in config.readonly_paths),
     )
     return [str(word) for setting in settings for word in setting]

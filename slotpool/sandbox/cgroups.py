@@ -1,0 +1,213 @@
+"""Limits of a slot's memory and CPU time, by control groups of version 2 or 1, see cgroups(7). Standard library alone.
+
+Each sandbox has a group of its own, below one of the server's, which is below the group that the server was started in: so
+whatever limits that one limits the slots too. Sandboxes share the processors evenly, however many processes each has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+_PREFIX = "slotpool-"
+_PERIOD = 100_000  # microseconds in which a group has its share of CPU time; the kernel's default
+_REMOVAL_LIMIT = 2.0  # seconds
+_DISPENSABLE = ("memory.swap.max", "memory.memsw.limit_in_bytes")  # not there if swap is not accounted for
+
+
+class Groups:
+    """The groups of one server. Thread-safe, as each sandbox's name is its own.
+
+    :ivar version: of control groups.
+    :ivar roots: the server's own directories, one a hierarchy.
+    """
+
+    def __init__(self, version: int, parents: Sequence[str], memory: int | None, cpus: float | None) -> None:
+        """Make them.
+
+        :param memory: bytes that a sandbox may have.
+        :param cpus: processors that it may use.
+        :raises OSError: this process may not do that here; nothing is left.
+        """
+        self.version = version
+        self._limits = _limits(version, memory, cpus)
+        self.roots: list[str] = []
+        name = f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            for parent in parents:
+                _sweep(parent)
+                os.mkdir(f"{parent}/{name}")
+                self.roots.append(f"{parent}/{name}")
+            if version == 2:
+                _let_children_have(self.roots[0])
+            self.make("probe")
+            self.remove("probe")
+        except BaseException:
+            self.close()
+            raise
+
+    def make(self, name: str) -> list[str]:
+        """Make a sandbox's groups; the files to which a process writes ``0`` to be in them.
+
+        :raises OSError: nothing is left then.
+        """
+        made = []
+        try:
+            for root in self.roots:
+                os.mkdir(f"{root}/{name}")
+                made.append(f"{root}/{name}")
+            for file, value in self._limits.items():
+                found = [f"{directory}/{file}" for directory in made if os.path.exists(f"{directory}/{file}")]
+                if not found and file not in _DISPENSABLE:
+                    raise OSError(errno.ENOTSUP, f"no {file} in {' or '.join(made)}")
+                for path in found:
+                    _write(path, value)
+        except BaseException:
+            for directory in made:
+                os.rmdir(directory)
+            raise
+        return [f"{directory}/cgroup.procs" for directory in made]
+
+    def remove(self, name: str) -> None:
+        """Remove them, if nothing is in them any more; else :meth:`close` does."""
+        for root in self.roots:
+            try:
+                os.rmdir(f"{root}/{name}")
+            except OSError:
+                continue
+
+    def close(self) -> None:
+        """Remove all. Repeatable."""
+        for root in self.roots:
+            remove_all(root)
+
+
+def find(memory: int | None, cpus: float | None) -> Groups:
+    """Groups that work here, of version 2 if they can be had.
+
+    :raises OSError: there are none.
+    """
+    try:
+        return Groups(2, [_delegated()], memory, cpus)
+    except OSError as e:
+        failure = e
+    try:
+        return Groups(1, list(dict.fromkeys([_own_directory("memory"), _own_directory("cpu")])), memory, cpus)
+    except OSError as e:
+        raise OSError(e.errno, f"version 2: {failure}; version 1: {e}") from e
+
+
+def join(files: Sequence[str]) -> None:
+    """Put this process, and so what it starts from now on, into a sandbox's groups."""
+    for path in files:
+        _write(path, "0")
+
+
+def remove_all(root: str) -> None:
+    """Remove a server's directory of groups. What is in them must be dead, or about to be."""
+    deadline = time.monotonic() + _REMOVAL_LIMIT
+    while True:
+        try:
+            for name in os.listdir(root):
+                if os.path.isdir(f"{root}/{name}"):
+                    os.rmdir(f"{root}/{name}")
+            os.rmdir(root)
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            if e.errno != errno.EBUSY or time.monotonic() > deadline:
+                return
+            time.sleep(0.01)  # a process is counted for as long as nobody has waited for it
+        else:
+            return
+
+
+def _limits(version: int, memory: int | None, cpus: float | None) -> Mapping[str, str]:
+    """What to write to which file, in that order."""
+    found: dict[str, str] = {}
+    if memory is not None:
+        if version == 2:
+            found.update({"memory.max": str(memory), "memory.swap.max": "0"})
+        else:
+            found.update({"memory.limit_in_bytes": str(memory), "memory.memsw.limit_in_bytes": str(memory)})
+    if cpus is not None:
+        quota = max(1000, int(cpus * _PERIOD))
+        if version == 2:
+            found["cpu.max"] = f"{quota} {_PERIOD}"
+        else:
+            found.update({"cpu.cfs_period_us": str(_PERIOD), "cpu.cfs_quota_us": str(quota)})
+    return found
+
+
+def _delegated() -> str:
+    """This process's own group of version 2, where its children can have controllers.
+
+    A group with processes of its own can't give controllers on, except for the root. So if this process is the only one in it,
+    it moves to a group below.
+    """
+    own = _own_directory(None)
+    has = _read(f"{own}/cgroup.controllers").split()
+    if not {"memory", "cpu"} <= set(has):
+        raise OSError(errno.ENOTSUP, f"{own} has not the controllers memory and cpu, but {' '.join(has) or 'none'}")
+    try:
+        _let_children_have(own)
+    except OSError as e:
+        if e.errno != errno.EBUSY or _read(f"{own}/cgroup.procs").split() != [str(os.getpid())]:
+            raise
+        os.makedirs(f"{own}/slotpool", exist_ok=True)
+        _write(f"{own}/slotpool/cgroup.procs", "0")
+        _let_children_have(own)
+    return own
+
+
+def _let_children_have(directory: str) -> None:
+    _write(f"{directory}/cgroup.subtree_control", "+memory +cpu")
+
+
+def _own_directory(controller: str | None) -> str:
+    """Where this process's group is mounted: in the hierarchy of ``controller``, or in that of version 2."""
+    path = next((path for names, path in _memberships() if (controller in names if controller else names == [""])), None)
+    for kind, root, directory, options in _mounts():
+        fits = controller in options if controller else kind == "cgroup2"
+        if path is not None and fits:
+            inner = path[len(root.rstrip("/")) :] if path.startswith(root) else ""
+            return f"{directory}{inner}".rstrip("/")
+    raise OSError(errno.ENOENT, f"no control groups of {controller or 'version 2'} are mounted")
+
+
+def _memberships() -> Iterator[tuple[list[str], str]]:
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        yield names.split(","), path
+
+
+def _mounts() -> Iterator[tuple[str, str, str, list[str]]]:
+    for line in _read("/proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        if kind in ("cgroup", "cgroup2"):
+            fields = before.split(" ")
+            yield kind, fields[3], fields[4], options.split(",")
+
+
+def _sweep(parent: str) -> None:
+    """Remove the groups of servers that were killed together with their nursery."""
+    for name in os.listdir(parent):
+        pid = name[len(_PREFIX) :].partition("-")[0]
+        if name.startswith(_PREFIX) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+            remove_all(f"{parent}/{name}")
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+        return f.read()
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
