@@ -401,6 +401,7 @@ _ON_A_CALL = st.lists(
 _GREETINGS = st.tuples(
     _messages(zygote.READY, zygote.READY, zygote.READY, zygote.ERROR, zygote.ERROR + b"\xff"), st.integers(0, 12)
 )
+_MEETINGS = st.integers(0, 3).flatmap(lambda kind: st.just((zygote.READY, 0)) if kind else st.none() | _GREETINGS)
 _ENDS = st.none() | st.tuples(_messages(nursery.DEAD, nursery.DEAD), st.integers(0, 12))
 _OPS = st.sampled_from(["shell", "shell with input", "read", "write", "armed"])
 
@@ -546,7 +547,7 @@ def test_nothing_that_a_zygote_does_keeps_a_call_from_its_end_or_leaves_a_descri
     ends = {"not made", "idle", "a file_error", "lost", "with a status"}
 
     @fuzz(0.3)
-    @given(st.none() | _GREETINGS, st.lists(st.tuples(_OPS, _ON_A_CALL, _ON_A_CALL), max_size=2), _ENDS)
+    @given(_MEETINGS, st.lists(st.tuples(_OPS, _ON_A_CALL, _ON_A_CALL), max_size=3), _ENDS)
     def meet(greeting: Any, calls: Any, end: Any) -> None:
         seen[_meet(greeting, calls, end)] += 1
         assert len(os.listdir("/proc/self/fd")) == len(before)
