@@ -35,9 +35,13 @@ class Server:
         self.slots = [f"{name}/slot_{i}" for i in range(slots)]
         self.leased: dict[str, str] = {}  # tokens, by slot
         self.broken = ""  # "deaf": no request comes to it; "mute": they do, and its answers are lost
+        self.untold: set[str] = set()  # tokens whose answer was lost
+        self.meanwhile: Callable[[], None] = lambda: None  # what happens while the next request is under way
         self._given = 0
 
     def lease(self, owner: str, ttl: float, take: int, release: list[str], wait: float = 0.0) -> dict[str, Any]:
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
         if self.broken == "deaf":
             raise ContainerLost("it does not answer", False)
         self.leased = {slot: token for slot, token in self.leased.items() if token not in release}
@@ -47,12 +51,13 @@ class Server:
             self.leased[slot] = f"{slot}:{self._given}"
             leases.append({"slot": slot, "token": self.leased[slot], "workspace": "/", "network": True})
         if self.broken == "mute":
+            self.untold |= {lease["token"] for lease in leases}
             raise ContainerLost("it has not answered", False)
         return {"boot_id": "", "leases": leases, "leased": len(self.leased)}
 
-    def expire(self, known: set[str]) -> None:
-        """End the leases that no pool renews, as their time is up."""
-        self.leased = {slot: token for slot, token in self.leased.items() if token in known}
+    def expire(self) -> None:
+        """End the leases that nobody knows of."""
+        self.leased = {slot: token for slot, token in self.leased.items() if token not in self.untold}
 
     def close(self) -> None:
         pass
@@ -73,6 +78,7 @@ class SupplyModel(RuleBasedStateMachine):
         self.servers: dict[str, Server] = {}
         self.containers: dict[str, Container] = {}
         self.held: dict[str, Tenure] = {}  # by slot: what callers have, as far as its container is there
+        self.gone: dict[str, set[str]] = {}  # what was leased of a container when it went
         self.closed = False
         self.serial = 0
         for _ in range(containers):
@@ -99,11 +105,16 @@ class SupplyModel(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 3))
     def container_goes(self, pick: int) -> None:
+        self.container_goes_now(pick)
+
+    def container_goes_now(self, pick: int) -> None:
         """As the pool drops it: its leases are lost, also those that callers have."""
         if not self.containers:
             return
         container = self.containers.pop(sorted(self.containers)[pick % len(self.containers)])
-        self.servers[container.id].broken = "deaf"
+        server = self.servers[container.id]
+        server.broken = ""
+        self.gone[container.id] = {*server.leased.values()}
         with self.supply.lock:
             self.supply.remove(container)
             for tenure in container.tenures.values():
@@ -121,9 +132,17 @@ class SupplyModel(RuleBasedStateMachine):
         if self.containers:
             self.servers[sorted(self.containers)[pick % len(self.containers)]].broken = how
 
-    @rule(pick=st.integers(0, 20))
-    def work_is_done(self, pick: int) -> None:
+    @rule(pick=st.integers(0, 20), amid=st.sampled_from(["", "", "goes", "stops"]), which=st.integers(0, 3))
+    def work_is_done(self, pick: int, amid: str, which: int) -> None:
+        """Perhaps something else happens while the request is under way."""
+        acts: dict[str, Callable[[], Any]] = {"goes": lambda: self.container_goes_now(which), "stops": self._stop}
+        if amid == "stops" and which:
+            amid = ""  # not too often, as little happens afterwards
+        for server in self.servers.values():
+            server.meanwhile = acts.get(amid, lambda: None)
         self._work(pick)
+        for server in self.servers.values():
+            server.meanwhile = lambda: None
 
     def _take(self) -> Tenure | None:
         if self.closed:
@@ -172,7 +191,11 @@ class SupplyModel(RuleBasedStateMachine):
 
     @rule(close=st.sampled_from([False] * 9 + [True]))
     def close(self, close: bool) -> None:
-        if not close or self.closed:
+        if close:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.closed:
             return
         handed_out = self.supply.close()
         assert {one.slot for one in handed_out if not one.lost} == set(self.held)
@@ -186,17 +209,19 @@ class SupplyModel(RuleBasedStateMachine):
         for name in self.containers:
             self.servers[name].broken = ""
         for _ in range(3):
-            while self.work.waiting:
-                self._work(0)
+            self._work_all()
             with self.supply.lock:
                 for container in self.containers.values():
                     container.retry_at = 0.0
                     container.exhausted = False  # as the health check does in each period
-                    # Leases whose grant was lost on its way are known to nobody, and expire.
-                    self.servers[container.id].expire({*container.tenures, *container.outbox})
+                    self.servers[container.id].expire()
                 self.supply.refill()
-        while self.work.waiting:
+        self._work_all()
+
+    def _work_all(self) -> None:
+        for _ in range(1000):
             self._work(0)
+        assert not self.work.waiting, "there is an end to it"
 
     @rule()
     def none_is_lost(self) -> None:
@@ -221,6 +246,8 @@ class SupplyModel(RuleBasedStateMachine):
         assert known == self.held
         for tenure in self.held.values():
             assert self.servers[tenure.container.id].leased.get(tenure.slot) == tenure.token
+        for name, leased in self.gone.items():
+            assert {*self.servers[name].leased.values()} <= leased | self.servers[name].untold, "a late grant is given back"
         ready = [tenure.token for tenure in self.supply.ready.queue if not tenure.lost]
         assert len(set(ready)) == len(ready)
         assert not {tenure.token for tenure in self.held.values()} & set(ready)
@@ -232,13 +259,12 @@ class SupplyModel(RuleBasedStateMachine):
         for name in self.containers:
             self.servers[name].broken = ""
         self.supply.close()
-        while self.work.waiting:
-            self._work(0)
+        self._work_all()
         for name, container in self.containers.items():
             known = {*container.tenures, *container.outbox}
             self.supply.give_all_back(container)
             assert not known & {*self.servers[name].leased.values()}
 
 
-SupplyModel.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, database=None)
+SupplyModel.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, database=None)
 TestSupplyModel = SupplyModel.TestCase
