@@ -161,6 +161,9 @@ class LeaseModel(RuleBasedStateMachine):
                 self.table.quarantine(name, "wrongly")
 
     @rule(owner=OWNERS, ttl=st.sampled_from([-1.0, 0.0, 1.0, 4.0]))
+    def cordon_it(self, owner: str, ttl: float) -> None:
+        self.cordon(owner, ttl)
+
     def cordon(self, owner: str, ttl: float) -> None:
         if ttl <= 0:
             assert self.table.cordon(owner, self.now + ttl, self.now), "to open it is always allowed"
@@ -172,6 +175,18 @@ class LeaseModel(RuleBasedStateMachine):
         else:
             assert self.table.cordon(owner, self.now + ttl, self.now)
             self.cordons[owner] = self.now + ttl
+
+    @rule(owner=OWNERS)
+    def close_and_open(self, owner: str) -> None:
+        """Whoever else has closed it keeps it closed."""
+        self.cordon(owner, 4.0)
+        self.cordon(owner, 0.0)
+        if not any(until > self.now for until in self.cordons.values()):
+            leases = self.table.take(owner, 1, 1.0, self.now)
+            assert len(leases) == bool(self.free)
+            for lease in leases:
+                assert self.table.release([lease.token]) == [lease.slot]
+                self.table.ready(lease.slot)
 
     @invariant()
     def each_slot_is_in_one_place(self) -> None:

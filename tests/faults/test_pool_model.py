@@ -45,7 +45,7 @@ class Server:
         if self.broken == "deaf":
             raise ContainerLost("it does not answer", False)
         self.leased = {slot: token for slot, token in self.leased.items() if token not in release}
-        leases = []
+        leases: list[dict[str, Any]] = []
         for slot in [slot for slot in self.slots if slot not in self.leased][:take]:
             self._given += 1
             self.leased[slot] = f"{slot}:{self._given}"
@@ -177,6 +177,9 @@ class SupplyModel(RuleBasedStateMachine):
         return multiple(*taken)
 
     @rule(tenure=consumes(tenures), used=st.booleans(), keep=st.booleans())
+    def give_back(self, tenure: Tenure, used: bool, keep: bool) -> None:
+        self.release(tenure, used, keep)
+
     def release(self, tenure: Tenure, used: bool, keep: bool) -> None:
         tenure.used = tenure.used or used
         known = self.held.get(tenure.slot) is tenure
@@ -188,6 +191,15 @@ class SupplyModel(RuleBasedStateMachine):
         waiting = len(self.work.waiting)
         self.supply.give_back(tenure, keep)
         assert len(self.work.waiting) == waiting, "a second time does nothing"
+
+    @rule(tenure=consumes(tenures))
+    def release_to_a_deaf_server(self, tenure: Tenure) -> None:
+        """It is told again, when it answers."""
+        self.servers[tenure.container.id].broken = "deaf"
+        self.release(tenure, True, False)
+        for _ in range(20):
+            self._work(0)
+        self.none_is_lost()
 
     @rule(close=st.sampled_from([False] * 9 + [True]))
     def close(self, close: bool) -> None:
@@ -224,6 +236,9 @@ class SupplyModel(RuleBasedStateMachine):
         assert not self.work.waiting, "there is an end to it"
 
     @rule()
+    def all_is_done(self) -> None:
+        self.none_is_lost()
+
     def none_is_lost(self) -> None:
         """Once all is done, each slot is with a caller, ready, or free at its server, and as many are ready as are wanted."""
         self._settle()
