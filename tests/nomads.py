@@ -92,14 +92,19 @@ class Nomad:
         return any(one["ClientStatus"] in ("pending", "running") for one in found)
 
     def pid_of(self, allocation_id: str) -> int:
-        """The server's process."""
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
+        """The server's process, not one that it forked: their numbers need not follow its own."""
+        parents = {}
+        for path in Path("/proc").glob("[0-9]*"):
             try:
-                words = path.read_bytes().split(b"\0")
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                stat = (path / "stat").read_text()
             except OSError:
                 continue
             if b"serve" in words and allocation_id.encode() in words:
-                return int(path.parent.name)
+                parents[int(path.name)] = int(stat.rpartition(")")[2].split()[1])
+        for pid, parent in parents.items():
+            if parent not in parents:
+                return pid
         raise AssertionError(f"there is no server of {allocation_id}")
 
 

@@ -28,6 +28,9 @@ INTEGERS: dict[str, tuple[int, int]] = {
     "max_output": (0, 100 * 1024 * 1024),
     "max_file_size": (1, 1024 * 1024 * 1024),
     "max_processes": (16, 1_000_000),
+    "max_memory": (16, 100_000_000),
+    "max_written": (1, 1 << 50),
+    "max_disk": (1, 100_000_000),
     "cpu": (1, 1_000_000),
     "memory": (16, 100_000_000),
 }
@@ -40,9 +43,10 @@ SECONDS: dict[str, tuple[float, float]] = {
     "scale_cooldown": (0, 86_400),
     "scale_down_after": (0, 86_400),
 }
+OPTIONAL = ("max_memory", "max_written", "max_disk")
 BAD: dict[str, list[Any]] = {
     **{
-        name: [low - 1, high + 1, "3", 1.5, float(high), True, None, math.nan, [1], 10**400]
+        name: [low - 1, high + 1, "3", 1.5, float(high), True, math.nan, [1], 10**400, *([] if name in OPTIONAL else [None])]
         for name, (low, high) in INTEGERS.items()
     },
     **{
@@ -66,6 +70,7 @@ BAD: dict[str, list[Any]] = {
     "backend": [None, "", "Local", "docker", 5, ["local"], True],
     "isolation": [None, "", "docker", "BWRAP", 5, ["none"], False],
     "token": NO_STRING_OR_NONE,
+    "max_cpus": [0, 0.009, 10_001, "2", True, math.nan, math.inf, [1], 10**400],
     "network": NO_FLAG,
     "readonly_paths": [None, 5, "relative", ["/ok", "relative"], ["/a\0b"], [5], {"/a": 1}],
     "state_dir": ["", "relative", 5, b"/tmp", "/a\nb"],
