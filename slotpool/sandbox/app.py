@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-import math
 import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -263,7 +262,7 @@ def _strings(body: dict[str, Any], name: str) -> Sequence[str]:
 
 def _number(body: dict[str, Any], name: str, low: float, high: float) -> float:
     value = body.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # nor is NaN
         raise protocol.invalid(name, f"a number of seconds from {low:g} to {high:g}", value)
     return float(value)
 

@@ -320,9 +320,10 @@ class Call:
         return bool(poll.poll(0))
 
     def read_status(self) -> int | None:
-        """The wait status; None if the zygote has gone without telling it."""
+        """The wait status; None if the zygote has gone without telling it, or has sent something else."""
         try:
-            told = self.sock.recv(zygote.STATUS.size)
+            # An urgent byte wakes poll(2) and is not there to be read: nobody may wait here.
+            told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
         except OSError:
             return None
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None

@@ -109,7 +109,7 @@ class Wire:
 
 TOKEN = "<the token of a lease that is held>"
 _WORDS = st.sampled_from(["", "a", "slot_0", "../x", "\0", "\x7f", "\ud800", "\udc80", "\U0010ffff", "x" * 1001, TOKEN])
-_NUMBERS = st.sampled_from([0, 1, -1, 0.05, 0.0, -0.0, 1e300, float("inf"), float("nan"), 10**6, 2**64, True])
+_NUMBERS = st.sampled_from([0, 1, -1, 0.05, 0.0, -0.0, 1e300, float("inf"), float("nan"), 10**6, 2**64, 10**400, True])
 _ANY = st.recursive(
     st.none() | _WORDS | _NUMBERS | st.text(max_size=5) | st.integers(-(2**70), 0),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS | st.text(max_size=3), inner, max_size=3),
@@ -394,7 +394,7 @@ def _messages(*usual: bytes) -> st.SearchStrategy[bytes]:
 _STATUSES = [zygote.STATUS.pack(status) for status in (0, 9, 256, -1, -(2**31), 2**31 - 1, 0x7F, 0xFFFF)]
 _ON_A_CALL = st.lists(
     st.tuples(
-        st.sampled_from(["call", "call", "stdout", "stderr", "close", "fds", "drain"]), _messages(*_STATUSES), st.integers(0, 4)
+        st.sampled_from(["call", "call", "urgent", "stdout", "stderr", "close", "fds", "drain"]), _messages(*_STATUSES), st.integers(0, 4)
     ),
     max_size=6,
 )
@@ -429,6 +429,9 @@ class _Zygote:
             self.hang_up()
         elif what == "close" and names:
             os.close(self.fds.pop(names[count % len(names)]))
+        elif what == "urgent" and self._call is not None:
+            with contextlib.suppress(OSError):  # closed at the other end
+                self._call.send(b"u", socket.MSG_OOB | socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         elif what in ("call", "fds") and self._call is not None:
             _send(self._call, message, count if what == "fds" else 0)
         elif what in self.fds:
