@@ -135,6 +135,8 @@ class SlotPoolConfig:
         ``NOMAD_ADDR`` is set, else ``local``.
     :ivar servers: addresses of standing servers, ``http://host:port`` or ``unix:///path``.
     :ivar token: bearer token of those servers. Default: the variable ``SLOTPOOL_TOKEN``.
+    :ivar cacert: file of the certificates (PEM) by which those of standing servers at ``https`` addresses are checked. Default:
+        the variable ``SLOTPOOL_CACERT``, else the system's.
     :ivar slots_per_container: slots of each container.
     :ivar min_containers: containers that are always there; :meth:`SlotPool.start` waits for them. With 0 the first
         ``acquire`` starts one.
@@ -189,6 +191,7 @@ class SlotPoolConfig:
     nomad_address: str | None = attr.ib(validator=_or_none(_check("an address such as 'http://host:4646'", _is_address)))
     backend: str = attr.ib(validator=_one_of(*BACKENDS))
     token: str | None = attr.ib(validator=_or_none(_secret), repr=False)
+    cacert: str | None = attr.ib(validator=_or_none(_string))
     slots_per_container: int = _field(10, _integer(1, 1000))
     min_containers: int = _field(1, _integer(0, 10_000))
     max_containers: int = _field(10, _integer(1, 10_000))
@@ -253,6 +256,10 @@ class SlotPoolConfig:
     @token.default
     def _token_of_environment(self) -> str | None:
         return os.environ.get("SLOTPOOL_TOKEN") or None
+
+    @cacert.default
+    def _cacert_of_environment(self) -> str | None:
+        return os.environ.get("SLOTPOOL_CACERT") or None
 
     @prefetch.default
     def _prefetch_of_backend(self) -> int:

@@ -21,7 +21,7 @@ class Container:
         self.address = member.address
         self.size = size  # slots that it has
         self.capacity = size  # of them, those that are not quarantined
-        self.client = SandboxClient(member.address, member.token, connections=2 * size + 4)
+        self.client = SandboxClient(member.address, member.token, 2 * size + 4, member.cacert)
         self.tenures: dict[str, Tenure] = {}  # the leases that this pool holds in it, by token
         self.position = 0  # among the pool's containers, lowest first
         self.outbox: list[str] = []  # tokens to give back

@@ -356,7 +356,7 @@ def _limits_of(told: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 def _fleet_of(config: SlotPoolConfig) -> Fleet:
     if config.backend == "static":
-        return StaticFleet(config.servers, config.token)
+        return StaticFleet(config.servers, config.token, config.cacert)
     if config.backend == "local":
         return LocalFleet(
             {

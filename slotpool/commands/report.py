@@ -231,7 +231,7 @@ def _health(member: Member, limit: float) -> dict[str, Any]:
     """
     :raises SlotPoolError: it does not answer, or is not the one that was meant.
     """
-    with contextlib.closing(SandboxClient(member.address, member.token)) as client:
+    with contextlib.closing(SandboxClient(member.address, member.token, cacert=member.cacert)) as client:
         info = client.health(limit, repeat=False)
     if member.token is not None:  # without it a server does not tell who it is
         Container(member, 0).introduce(info)

@@ -42,6 +42,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--readonly-path", action="append", default=[], metavar="DIR", help="directory that slots see; repeatable"
     )
     parser.add_argument("--token-file", metavar="FILE", help="read the bearer token from there instead")
+    parser.add_argument("--tls-cert", metavar="FILE", help="encrypt connections; the certificate, and its issuers', as PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
     parser.add_argument("--name", default="", help="told in health; for whoever starts many servers")
 
 
@@ -68,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if not 0 <= args.port <= 65535:
         raise SlotPoolError(f"port: expected a number from 0 to 65535, got {args.port}")
+    if args.tls_key is not None and args.tls_cert is None:
+        raise SlotPoolError("tls-key: expected a certificate beside it, with --tls-cert, got none")
     host = HostConfig(
         name=args.name,
         slots=checked.slots_per_container,
@@ -82,5 +86,6 @@ def run(args: argparse.Namespace) -> int:
         readonly_paths=checked.readonly_paths,
         state_dir=checked.state_dir,
     )
-    serve(ServeConfig(host, args.host, args.port, checked.token), lambda address: print(address, flush=True))
+    config = ServeConfig(host, args.host, args.port, checked.token, tls_cert=args.tls_cert, tls_key=args.tls_key)
+    serve(config, lambda address: print(address, flush=True))
     return 0

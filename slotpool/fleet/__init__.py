@@ -19,6 +19,7 @@ class Member:
     :ivar index: the fleet ends those with the highest first.
     :ivar delay: seconds before which it need not be asked for the first time.
     :ivar name: what the server there tells of itself, see ``GET /health``; empty if that is not known.
+    :ivar cacert: file of the certificates by which an ``https`` server's is checked, instead of the system's.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Member:
     token: str | None = attr.ib(repr=False)
     name: str = ""
     delay: float = attr.ib(default=0.0, eq=False)
+    cacert: str | None = None
 
 
 class Fleet(Protocol):

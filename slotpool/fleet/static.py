@@ -11,8 +11,8 @@ from . import Member
 class StaticFleet:
     """Those servers, no more and no fewer."""
 
-    def __init__(self, addresses: Sequence[str], token: str | None) -> None:
-        self._members = [Member(address, i, address, token) for i, address in enumerate(addresses)]
+    def __init__(self, addresses: Sequence[str], token: str | None, cacert: str | None) -> None:
+        self._members = [Member(address, i, address, token, cacert=cacert) for i, address in enumerate(addresses)]
 
     def start(self, wanted: int, on_change: Callable[[], None]) -> None:
         on_change()

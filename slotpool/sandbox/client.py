@@ -38,11 +38,12 @@ class SandboxClient:
     :param address: ``http://host:port``, ``https://host:port`` or ``unix:///path``.
     :param token: the server's bearer token.
     :param connections: how many to keep open.
+    :param cacert: file of the certificates by which an ``https`` server's is checked, instead of the system's.
     """
 
-    def __init__(self, address: str, token: str | None = None, connections: int = 10) -> None:
+    def __init__(self, address: str, token: str | None = None, connections: int = 10, cacert: str | None = None) -> None:
         self.address = address
-        self._http = Transport(address, token, connections)
+        self._http = Transport(address, token, connections, cacert)
 
     def close(self) -> None:
         self._http.close()

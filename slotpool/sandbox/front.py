@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 if TYPE_CHECKING:
+    import ssl
+
     from _typeshed.wsgi import WSGIApplication
 
 log = logging.getLogger(__name__)
@@ -56,12 +58,14 @@ class Front:
     """Serves ``app`` on a listening socket.
 
     :param most: connections at once. One more closes the one that has been idle for longest.
+    :param tls: if given, connections are encrypted.
     """
 
-    def __init__(self, app: WSGIApplication, listener: socket.socket, most: int) -> None:
+    def __init__(self, app: WSGIApplication, listener: socket.socket, most: int, tls: ssl.SSLContext | None = None) -> None:
         self._app = app
         self._listener = listener
         self._most = most
+        self.tls = tls
         self._lock = threading.Lock()  # guards _open and _ending
         self._open: set[_Connection] = set()
         self._ending = False
@@ -72,7 +76,7 @@ class Front:
             "SERVER_NAME": host,
             "SERVER_PORT": port,
             "wsgi.version": (1, 0),
-            "wsgi.url_scheme": "http",
+            "wsgi.url_scheme": "http" if tls is None else "https",
             "wsgi.errors": sys.stderr,
             "wsgi.multithread": True,
             "wsgi.multiprocess": False,
@@ -160,7 +164,9 @@ class _Connection:
     def hang_up(self) -> None:
         """Have its thread end. From any thread."""
         with contextlib.suppress(OSError):  # it has ended by itself
-            self._sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(
+                self._sock, socket.SHUT_RDWR
+            )  # TLS's own would have what is sent from now on go out in the clear
 
     def close(self) -> None:
         self._sock.close()
@@ -169,6 +175,8 @@ class _Connection:
     def serve(self) -> None:
         """Answer requests until the connection ends."""
         try:
+            if self._front.tls is not None and not self._encrypt(self._front.tls):
+                return
             while self._serve_one() and not self._front.ending:
                 pass
         except OSError:  # it is gone, or silent
@@ -177,6 +185,16 @@ class _Connection:
             log.exception("a connection failed; this is a defect of slotpool")
         finally:
             self._front.forget(self)
+
+    def _encrypt(self, tls: ssl.SSLContext) -> bool:
+        """Whether the other side and this one agree on how."""
+        self._sock.settimeout(_HEAD_LIMIT)
+        try:
+            self._sock = tls.wrap_socket(self._sock, server_side=True)
+        except OSError as e:
+            log.info("a connection could not be encrypted: %s", e)
+            return False
+        return True
 
     def _serve_one(self) -> bool:
         """Whether the connection may be used for another."""
@@ -295,7 +313,7 @@ class _Connection:
 
     def _linger(self) -> None:
         """Take what is still being sent for a moment, as closing at once would reset the connection and lose the answer."""
-        self._sock.shutdown(socket.SHUT_WR)
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)
         deadline = time.monotonic() + _LINGER
         left = 64 * _MOST_LEFT
         while left > 0 and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 import attr
 
@@ -19,6 +19,9 @@ from .app import App
 from .front import Front
 from .host import Host
 from .tenancies import HostConfig
+
+if TYPE_CHECKING:
+    import ssl
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,10 @@ class ServeConfig:
     port: int = 8080  # 0 for any free one
     token: str | None = None
     parent: int | None = None  # a process to end with
+    tls_cert: str | None = (
+        None  # file of the server's certificate and those of who signed it (PEM); connections are encrypted then
+    )
+    tls_key: str | None = None  # file of its key, if that is not in the same one
 
 
 def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
@@ -49,6 +56,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
             f"refusing to listen on {config.listen} without a token, as everybody who reaches it could run commands; "
             "give one in SLOTPOOL_TOKEN, or listen on 127.0.0.1"
         )
+    tls = _tls(config) if config.tls_cert is not None else None
     os.umask(0o022)  # slots' users must be able to pass through the directories made here
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -57,7 +65,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     host = Host(config.host)
     try:
         with _Signalled() as signalled:
-            front, address = _listen(config, host)
+            front, address = _listen(config, host, tls)
             try:
                 on_ready(address)
                 signalled.wait()
@@ -99,7 +107,7 @@ class _Signalled:
         self._comes.close()
 
 
-def _listen(config: ServeConfig, host: Host) -> tuple[Front, str]:
+def _listen(config: ServeConfig, host: Host, tls: ssl.SSLContext | None) -> tuple[Front, str]:
     """What accepts connections in a thread of its own, and where."""
     # A pool renews and gives back beside its callers' requests; so do others.
     app = App(host, config.token, most_held=2 * config.host.slots + 8)
@@ -109,7 +117,7 @@ def _listen(config: ServeConfig, host: Host) -> tuple[Front, str]:
     else:
         family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
         listener = socket.create_server((config.listen, config.port), family=family, backlog=_BACKLOG)
-        address = f"http://{_bracketed(config.listen)}:{listener.getsockname()[1]}"
+        address = f"{'http' if tls is None else 'https'}://{_bracketed(config.listen)}:{listener.getsockname()[1]}"
     if config.token is None:
         log.warning(
             "serving without a token: every process on this machine that reaches %s can run commands in the slots", address
@@ -118,9 +126,23 @@ def _listen(config: ServeConfig, host: Host) -> tuple[Front, str]:
     threading.Thread(target=_watch_nursery, args=(host,), name="slotpool-nursery", daemon=True).start()
     if config.parent is not None:
         threading.Thread(target=_watch_parent, args=(config.parent,), name="slotpool-parent", daemon=True).start()
-    front = Front(app, listener, _MOST_CONNECTIONS)
+    front = Front(app, listener, _MOST_CONNECTIONS, tls)
     threading.Thread(target=_accept, args=(front,), name="slotpool-accept", daemon=True).start()
     return front, address
+
+
+def _tls(config: ServeConfig) -> ssl.SSLContext:
+    import ssl  # takes a while, and most servers need none
+
+    assert config.tls_cert is not None
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")  # else it would be asked for at the terminal
+    except (OSError, ValueError) as e:
+        files = config.tls_cert if config.tls_key is None else f"{config.tls_cert} and {config.tls_key}"
+        raise StartFailed(f"expected a certificate and its key, not encrypted, as PEM in {files}: {e}") from e
+    return context
 
 
 def _accept(front: Front) -> None:

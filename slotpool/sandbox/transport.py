@@ -52,9 +52,10 @@ class Transport:
     Nothing is ever sent twice: repeating is for the caller, who knows what may be repeated.
     """
 
-    def __init__(self, address: str, token: str | None, connections: int) -> None:
+    def __init__(self, address: str, token: str | None, connections: int, cacert: str | None = None) -> None:
+        """:param cacert: file of the certificates by which an ``https`` server's is checked, instead of the system's."""
         self.address = address
-        self._connect = _connector(address)
+        self._connect = _connector(address, cacert)
         # The last used is the first taken. Appending and popping are atomic, so there is no lock.
         self._idle: collections.deque[Any] = collections.deque()
         self._most = connections
@@ -156,15 +157,19 @@ class _UnixConnection:
         self.sock.close()
 
 
-def _connector(address: str) -> Callable[[float], Any]:
+def _connector(address: str, cacert: str | None = None) -> Callable[[float], Any]:
     """What opens a connection in so many seconds: something with ``sock`` and ``close``."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme == "unix":
         return lambda timeout: _UnixConnection(parts.path, timeout)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
 
     def connect(timeout: float) -> Any:
-        connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+        where = parts.hostname or "", parts.port
+        connection: HTTPConnection
+        if parts.scheme == "https":
+            connection = HTTPSConnection(*where, timeout=timeout, cert_reqs="CERT_REQUIRED", ca_certs=cacert)
+        else:
+            connection = HTTPConnection(*where, timeout=timeout)
         try:
             connection.connect()
         except BaseException:

@@ -71,6 +71,7 @@ BAD: dict[str, list[Any]] = {
     "isolation": [None, "", "docker", "BWRAP", 5, ["none"], False],
     "token": NO_STRING_OR_NONE,
     "max_cpus": [0, 0.009, 10_001, "2", True, math.nan, math.inf, [1], 10**400],
+    "cacert": NO_STRING_OR_NONE,
     "network": NO_FLAG,
     "readonly_paths": [None, 5, "relative", ["/ok", "relative"], ["/a\0b"], [5], {"/a": 1}],
     "state_dir": ["", "relative", 5, b"/tmp", "/a\nb"],
