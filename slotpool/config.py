@@ -12,6 +12,7 @@ from typing import Any, Callable
 import attr
 
 from .errors import ConfigError, shown
+from .preparing import Step, are_steps, as_steps
 
 BACKENDS = ("local", "static", "nomad")
 DRIVERS = ("docker", "podman", "exec", "raw_exec", "apptainer")
@@ -94,6 +95,7 @@ def _strings(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple, set)) else value
 
 
+_setup = _check("bash commands, or functions of a slot", are_steps)
 _paths = _check("absolute paths", lambda v: isinstance(v, tuple) and all(_text(p) and os.path.isabs(p) for p in v))
 _urls = _check(
     "addresses such as 'http://host:8080'",
@@ -164,6 +166,9 @@ class SlotPoolConfig:
     :ivar max_written: bytes of each file that a slot's own commands write. Default: as much as fits.
     :ivar max_disk: MB of files in a slot's workspace, and as many in each of ``/tmp``, ``/var/tmp`` and ``/dev/shm``. They are
         kept in memory then, and count towards ``max_memory``. Default: as much as fits. Needs isolation ``bwrap``.
+    :ivar setup: what makes each slot ready before it is handed out, once for each clean workspace: a bash command, a function
+        that is called with the slot, or a sequence of such steps. :meth:`SlotPool.slot` takes further ones.
+    :ivar setup_timeout: limit of each command of a setup.
     :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like.
     :ivar state_dir: where local containers keep workspaces. Default: below the system's directory for temporary files.
     :ivar nomad_address: of a Nomad agent, ``http://host:4646`` or ``unix:///path``. Default: ``NOMAD_ADDR``. So it is with
@@ -203,6 +208,7 @@ class SlotPoolConfig:
     health_check_interval: float = _field(30.0, _seconds(0.05, 3600))
     scale_cooldown: float = _field(60.0, _seconds(0, 86_400))
     scale_down_after: float = _field(60.0, _seconds(0, 86_400))
+    setup_timeout: float = _field(300.0, _seconds(0.001, 86_400))
     isolation: str = _field("auto", _one_of(*ISOLATIONS))
     network: bool | None = _field(None, _or_none(_flag))
     max_output: int = _field(50_000, _integer(0, 100 * 1024 * 1024))
@@ -212,6 +218,7 @@ class SlotPoolConfig:
     max_cpus: float | None = _field(None, _or_none(_processors(0.01, 10_000)))
     max_written: int | None = _field(None, _or_none(_integer(1, 1 << 50)))
     max_disk: int | None = _field(None, _or_none(_integer(1, 100_000_000)))
+    setup: tuple[Step, ...] = _field((), _setup, converter=as_steps)
     readonly_paths: tuple[str, ...] = _field((), _paths, converter=_strings)
     state_dir: str | None = _field(None, _or_none(_path))
 

@@ -167,6 +167,28 @@ class CommandFailed(SlotPoolError):
         return f"the command {how}" + (f": {last[-500:]}" if last else "")
 
 
+class SetupFailed(SlotPoolError):
+    """A step of a slot's setup failed; what it raised is the ``__cause__``.
+
+    :ivar number: of the step, from 1.
+    :ivar steps: how many there are.
+    :ivar step: what it was: the command's first line, or the function's name.
+    :ivar why: what went wrong with it, in words.
+    :ivar result: the command's whole :class:`ExecutionResult`; None if the step was a function, or was not run to its end.
+    """
+
+    def __init__(self, number: int, steps: int, step: str, why: str, result: ExecutionResult | None = None) -> None:
+        super().__init__(number, steps, step, why, result)
+        self.number = number
+        self.steps = steps
+        self.step = step
+        self.why = why
+        self.result = result
+
+    def __str__(self) -> str:
+        return f"setup, step {self.number} of {self.steps}, {self.step}: {self.why}"
+
+
 class FileError(SlotPoolError, OSError):
     """A file in a slot could not be read or written; ``errno`` and ``filename`` are set. An earlier content is unharmed."""
 

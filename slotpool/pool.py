@@ -25,6 +25,7 @@ from .fleet import Fleet
 from .fleet.local import LocalFleet
 from .fleet.static import StaticFleet
 from .health import HealthThread
+from .preparing import Steps, prepare, steps_of
 from .slot import ExecutionResult, Slot, SlotState
 from .supply import Supply
 from .tenure import Tenure
@@ -144,19 +145,37 @@ class SlotPool:
 
     # Leases
 
-    def slot(self, trajectory_id: str | None = None, *, timeout: float | None = None, network: bool | None = None) -> Slot:
+    def slot(
+        self,
+        trajectory_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        network: bool | None = None,
+        setup: Steps | None = None,
+    ) -> Slot:
         """The same as :meth:`acquire`, to be used as ``with pool.slot() as s:``."""
-        return self.acquire(trajectory_id, timeout=timeout, network=network)
+        return self.acquire(trajectory_id, timeout=timeout, network=network, setup=setup)
 
-    def acquire(self, trajectory_id: str | None = None, *, timeout: float | None = None, network: bool | None = None) -> Slot:
+    def acquire(
+        self,
+        trajectory_id: str | None = None,
+        *,
+        timeout: float | None = None,
+        network: bool | None = None,
+        setup: Steps | None = None,
+    ) -> Slot:
         """A clean slot, for the caller alone until it is released; first come, first served.
 
         :param trajectory_id: a name for what the slot is used for; made up if not given.
         :param timeout: seconds to wait at most; default ``acquire_timeout``. 0 takes only what is ready.
         :param network: whether it must have network, or must not; default the pool's ``network``.
+        :param setup: what makes it ready, after the pool's own ``setup``: a bash command, a function that is called with the
+            slot, or a sequence of such steps. A step that was carried out in the slot before is not repeated, if it was
+            handed on as it is. :meth:`Slot.reset` repeats all.
         :raises AcquireTimeout: it says what the pool was waiting for. Safe to try again.
         :raises PoolClosed: the pool isn't started, or was stopped meanwhile.
-        :raises InvalidRequest: the isolation can't keep a slot off the network.
+        :raises InvalidRequest: the isolation can't keep a slot off the network, or an argument can't be used.
+        :raises SetupFailed: a step of the setup failed; the slot has been given back.
         """
         self._require_started()
         if timeout is None:
@@ -167,19 +186,23 @@ class SlotPool:
             raise InvalidRequest("trajectory_id", "a string or None", shown(trajectory_id))
         if not isinstance(network, (bool, type(None))):
             raise InvalidRequest("network", "True, False or None", shown(network))
+        steps = (*self.config.setup, *steps_of(setup))
         try:
             tenure = self._supply.take(timeout)
         except AcquireTimeout as e:
             raise AcquireTimeout(f"{e}: {self._situation()}") from e.__cause__
-        slot = Slot(self, tenure, trajectory_id)  # from here on the slot's finalizer sees to the lease
+        slot = Slot(self, tenure, trajectory_id, steps)  # from here on the slot's finalizer sees to the lease
         wanted = network if network is not None else self.config.network
-        if wanted is not None and wanted != tenure.network:
-            try:
+        try:
+            if wanted is not None and wanted != tenure.network:
                 with tenure.use() as client:
                     tenure.network = client.reset(tenure.slot, tenure.token, wanted)
-            except BaseException:
-                slot.release()
-                raise
+                tenure.prepared = ()
+            if steps:
+                prepare(slot, steps, self.config.setup_timeout)
+        except BaseException:
+            slot.release()
+            raise
         return slot
 
     def _situation(self) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import attr
 
 from .errors import CommandFailed, InvalidRequest, shown
+from .preparing import prepare
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from .pool import SlotPool
+    from .preparing import Step
     from .sandbox.protocol import Result
     from .tenure import Tenure
 
@@ -148,8 +150,9 @@ class Slot:
     :ivar metadata: the caller's own; not looked at.
     """
 
-    def __init__(self, pool: SlotPool, tenure: Tenure, trajectory_id: str | None) -> None:
+    def __init__(self, pool: SlotPool, tenure: Tenure, trajectory_id: str | None, setup: tuple[Step, ...]) -> None:
         self._pool = pool
+        self._setup = setup
         self._tenure = tenure
         self.slot_id = tenure.slot
         self.alloc_id = tenure.container.id
@@ -236,9 +239,15 @@ class Slot:
             client.write_file(self.slot_id, self._tenure.token, _path(path), data)
 
     def reset(self) -> None:
-        """Empty the workspace and kill every process, keeping the lease."""
+        """Empty the workspace, kill every process and carry out the slot's setup again, keeping the lease.
+
+        :raises SetupFailed: a step of the setup failed; the slot stays with the caller.
+        :raises SlotError: as :meth:`bash`.
+        """
         with self._tenure.use() as client:
             client.reset(self.slot_id, self._tenure.token)
+        self._tenure.prepared = ()
+        prepare(self, self._setup, self._pool.config.setup_timeout)
 
     def release(self) -> None:
         """Give the slot back; returns at once, the cleaning is done in the background. Repeatable."""

@@ -13,6 +13,7 @@ from .slot import SlotState
 
 if TYPE_CHECKING:
     from .container import Container
+    from .preparing import Step
     from .sandbox.client import SandboxClient
     from .sandbox.protocol import Lease
 
@@ -28,6 +29,7 @@ class Tenure:
         self.workspace = lease["workspace"]
         self.network = lease["network"]
         self.used = False  # whether anything may have been done in the slot, so that it needs cleaning
+        self.prepared: tuple[Step, ...] = ()  # steps of a setup that have been carried out since the workspace was clean
         self.claimed = False  # whether a slot has been made of it, whose finalizer sees to its return
         self.acquired_at = 0.0  # on the monotonic clock
         self._lock = threading.Lock()  # guards the fields below
@@ -39,7 +41,7 @@ class Tenure:
     def handed_on(self) -> Tenure:
         """The same lease for another holder; whoever has this object can't use it any more."""
         fresh = Tenure(self.container, {**self._lease, "network": self.network})
-        fresh.used = self.used
+        fresh.used, fresh.prepared = self.used, self.prepared
         return fresh
 
     @contextlib.contextmanager

@@ -42,6 +42,7 @@ SECONDS: dict[str, tuple[float, float]] = {
     "health_check_interval": (0.05, 3600),
     "scale_cooldown": (0, 86_400),
     "scale_down_after": (0, 86_400),
+    "setup_timeout": (0.001, 86_400),
 }
 OPTIONAL = ("max_memory", "max_written", "max_disk")
 BAD: dict[str, list[Any]] = {
@@ -72,6 +73,7 @@ BAD: dict[str, list[Any]] = {
     "token": NO_STRING_OR_NONE,
     "max_cpus": [0, 0.009, 10_001, "2", True, math.nan, math.inf, [1], 10**400],
     "cacert": NO_STRING_OR_NONE,
+    "setup": [5, "", " ", ["true", ""], [None], b"true", {"true": 1}],
     "network": NO_FLAG,
     "readonly_paths": [None, 5, "relative", ["/ok", "relative"], ["/a\0b"], [5], {"/a": 1}],
     "state_dir": ["", "relative", 5, b"/tmp", "/a\nb"],

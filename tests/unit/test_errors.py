@@ -37,6 +37,7 @@ INSTANCES: list[SlotPoolError] = [
     errors.ContainerLost("m", True),
     errors.ContainerRefused("m", False),
     errors.CommandFailed(RESULT),
+    errors.SetupFailed(2, 3, "'make'", "the command exited with 2", RESULT),
     errors.FileError(errno.ENOENT, "No such file or directory", "a/b"),
 ]
 
