@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_what_a_function_raises_to_end_the_program_does_so(prepared: SlotPool) -
 
 
 def test_a_step_has_a_time_limit_of_its_own() -> None:
-    settings = {"slots_per_container": 1, "setup": "sleep 60", "setup_timeout": 0.1}
+    settings: dict[str, Any] = {"slots_per_container": 1, "setup": "sleep 60", "setup_timeout": 0.1}
     with SlotPool(**settings) as pool, pytest.raises(SetupFailed, match="timed out"):
         pool.acquire()
 
