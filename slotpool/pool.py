@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 from . import batch
 from .background import Background
@@ -25,6 +25,7 @@ from .fleet import Fleet
 from .fleet.local import LocalFleet
 from .fleet.static import StaticFleet
 from .health import HealthThread
+from .mapping import Item, MapResults, Value
 from .preparing import Steps, prepare, steps_of
 from .slot import ExecutionResult, Slot, SlotState
 from .supply import Supply
@@ -301,6 +302,38 @@ class SlotPool:
         results = batch.run(entries)
         self._count(len(results), sum("exception" in result.metadata for result in results))
         return results
+
+    def map(
+        self,
+        fn: Callable[[Slot, Item], Value],
+        items: Iterable[Item],
+        *,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+        retries: int = 0,
+        workers: int | None = None,
+        setup: Steps | None = None,
+        progress: bool | None = None,
+    ) -> MapResults[Item, Value]:
+        """``fn(slot, item)`` for each item, in a clean slot of its own, on as many slots at once as there are.
+
+        The results are iterated over as they come; :class:`.mapping.MapResults` tells what stops the work. ``fn`` is called in
+        other threads, and ``items`` is iterated over there, as far as slots are free.
+
+        :param ordered: in the order of the items; False gives each as soon as it is there.
+        :param return_exceptions: give what an item raises as its result, and go on; else it is raised, and the work stopped.
+        :param retries: how often an item is begun anew, in another slot, if its slot was lost amid it (:class:`ContainerLost`,
+            :class:`LeaseLost`). ``fn`` then runs again from its beginning; no single command is sent twice.
+        :param workers: items under way at most; default as many as the pool can have slots, up to 256.
+        :param setup: as for :meth:`acquire`.
+        :param progress: whether to show a progress bar, by tqdm; by default at a terminal and in notebooks, if tqdm is there.
+        :raises InvalidRequest, PoolClosed: nothing was begun.
+        """
+        self._require_started()
+        config = self.config
+        most = 0 if config.backend == "static" else config.max_containers * config.slots_per_container
+        slots = max(most, self.total_slots)
+        return MapResults(self, fn, items, ordered, return_exceptions, retries, workers, setup, progress, slots)
 
     def _count(self, executions: int, errors: int) -> None:
         with self._supply.lock:

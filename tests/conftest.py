@@ -72,6 +72,11 @@ def slotpool_processes() -> list[str]:
     return found
 
 
+def servers() -> list[int]:
+    """The process ids of this test run's embedded servers."""
+    return [int(line.split(":")[0]) for line in slotpool_processes() if "-m slotpool.sandbox" in line]
+
+
 def state_directories() -> list[str]:
     return sorted(str(path) for path in Path(SESSION).glob("*slotpool-*"))
 

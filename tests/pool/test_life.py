@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, StartServer, slotpool_processes, state_directories, wait_until
+from conftest import PACKAGE, StartServer, servers, slotpool_processes, state_directories, wait_until
 
 from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
 from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
@@ -25,10 +25,6 @@ def python(script: str, **more: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/", **more
     )
-
-
-def servers() -> list[int]:
-    return [int(line.split(":")[0]) for line in slotpool_processes() if "-m slotpool.sandbox" in line]
 
 
 def test_a_pool_starts_once_and_stops_for_good() -> None:
