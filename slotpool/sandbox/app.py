@@ -18,6 +18,8 @@ from .run import Answer
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
+    from .metrics import Exposition
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ _REASONS = {
     422: "Unprocessable Content",
     429: "Too Many Requests",
     500: "Internal Server Error",
+    501: "Not Implemented",
     502: "Bad Gateway",
     503: "Service Unavailable",
 }
@@ -80,9 +83,11 @@ class App:
         self._host = host
         self._lock = threading.Lock()  # guards _may_be_held
         self._may_be_held = most_held
+        self._exposition: Exposition | None = None  # made for the first who asks; one that is made twice does no harm
         self._token = token.encode() if token is not None else None
         self._fixed: dict[str, dict[str, Callable[[WSGIEnvironment], Response]]] = {
             "/health": {"GET": self._health},
+            "/metrics": {"GET": self._metrics},
             "/v1/slots": {"GET": self._slots},
             "/v1/leases": {"POST": self._lease},
             "/v1/leases/renew": {"POST": self._renew},
@@ -97,6 +102,8 @@ class App:
         }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        tally = self._host.tally
+        tally.request(1)
         try:
             response = self._route(environ)
         except RequestFailed as e:
@@ -105,6 +112,8 @@ class App:
             log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
             failed = RequestFailed("internal", "the server failed; its log says how")
             response = _json(failed.status, {"error": failed.body})
+        finally:
+            tally.request(-1)
         start_response(response.status, response.headers)
         return response
 
@@ -130,6 +139,17 @@ class App:
     def _health(self, environ: WSGIEnvironment) -> Response:
         details = self._host.health() if "HTTP_AUTHORIZATION" in environ or self._token is None else {}
         return _json(200, {"status": "ok", **details})
+
+    def _metrics(self, environ: WSGIEnvironment) -> Response:
+        if self._exposition is None:
+            try:
+                from .metrics import Exposition  # takes a while, and need not be installed
+            except ImportError as e:
+                why = f"the server lacks prometheus_client, which `pip install 'slotpool[metrics]'` installs: {e}"
+                raise RequestFailed("not_installed", why) from e
+            self._exposition = Exposition(self._host)
+        text = self._exposition.text()
+        return Response(200, (text,), len(text), self._exposition.content_type)
 
     def _slots(self, environ: WSGIEnvironment) -> Response:
         return _json(200, {"slots": self._host.describe_slots()})

@@ -19,6 +19,7 @@ from .capture import Driver, Job
 from .leases import Lease, LeaseTable
 from .protocol import CallRequest, RequestFailed
 from .run import Answer, Run
+from .tally import Tally
 from .tenancies import HostConfig, Tenancy, TenancyMaker
 from .warmer import Warmer
 
@@ -44,6 +45,7 @@ class Host:
         """
         self.config = config
         self.boot_id = secrets.token_hex(8)
+        self.tally = Tally()
         self._maker = TenancyMaker(config)
         self.isolation = self._maker.isolation
         self.socket_path = self._maker.socket_path
@@ -65,6 +67,7 @@ class Host:
 
     def _make_ready(self, slot: str) -> None:
         """End what was in ``slot``, make sure of it, and prepare it for the next lease."""
+        began = time.monotonic()
         try:
             with self._changed:
                 old = self._tenancies.pop(slot, None)
@@ -74,11 +77,13 @@ class Host:
             if tenancy is None:
                 return
         except Exception as e:
-            log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed))
+            log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed), extra={"slot": slot})
+            self.tally.cleaned(time.monotonic() - began, failed=True)
             with self._changed:
                 self._table.quarantine(slot, str(e))
                 self._changed.notify_all()
             return
+        self.tally.cleaned(time.monotonic() - began, failed=False)
         with self._changed:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
@@ -135,9 +140,11 @@ class Host:
         with self._changed:
             self._refuse_if_closing()
             to_clean = self._table.release(release)
+            released = len(to_clean)
             # If it has to wait for one of them anyway, it cleans that itself: handing it over would cost two wake-ups.
             own = to_clean.pop() if to_clean and take and wait and not self._table.has_free() else None
             self._cleaning += own is not None
+        self.tally.leases(released=released)
         self._clean(to_clean)
         if own is not None:
             self._make_ready(own)
@@ -152,6 +159,7 @@ class Host:
                 if leases or take == 0 or now >= deadline:
                     break
                 self._changed.wait(deadline - now)
+            self.tally.leases(granted=len(leases))
             self._changed.notify_all()  # the reaper has a new expiry to wait for
             described = [self._describe(lease) for lease in leases]
             return {"boot_id": self.boot_id, "leases": described, "leased": self._table.leased()}
@@ -187,6 +195,7 @@ class Host:
             now = time.monotonic()
             done = self._table.cordon(owner, now + ttl, now)
             self._changed.notify_all()
+        self.tally.leases(released=len(to_clean))
         self._clean(to_clean)
         return done
 
@@ -201,7 +210,8 @@ class Host:
                     following = self._table.next_expiry()
                     self._changed.wait(None if following is None else max(0.0, following - now))
             for slot in expired:
-                log.warning("the lease of %s has expired", slot)
+                log.warning("the lease of %s has expired", slot, extra={"slot": slot})
+            self.tally.leases(expired=len(expired))
             self._clean(expired)
 
     def _tenancy(self, slot: str, token: str) -> Tenancy:
@@ -319,6 +329,14 @@ class Host:
     def health(self) -> dict[str, Any]:
         with self._changed:
             counts = self._table.counts()
+        tally = self.tally
+        with tally.lock:
+            counted = {
+                "executing": tally.executing,
+                "executions": tally.executions,
+                "leases_granted": tally.leases_granted,
+                "requests_open": tally.requests_open,
+            }
         return {
             "version": __version__,
             "name": self.config.name,
@@ -329,6 +347,7 @@ class Host:
             "network": self.isolation.default_network,
             "slots": self.config.slots,
             "counts": counts,
+            **counted,
         }
 
     def describe_slots(self) -> list[dict[str, str]]:

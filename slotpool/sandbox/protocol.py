@@ -6,8 +6,11 @@ JSON over HTTP/1.1, but for the content of files, which is raw. Every request bu
 the lease.
 
 ``GET /health``
-    200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock limits slots counts``
-    (``limits``: by what each kind is kept; ``counts``: slots by state).
+    200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock limits slots counts
+    executing executions leases_granted requests_open`` (``limits``: by what each kind is kept; ``counts``: slots by state;
+    ``executing``: executions under way; ``executions``, ``leases_granted``: those that ended, were granted, since it began).
+``GET /metrics``
+    200, the server's metrics for Prometheus, as text; 501 if the server lacks ``prometheus_client``.
 ``GET /v1/slots``
     200 ``{"slots": [{"slot", "state", "owner", "why"}]}``.
 ``POST /v1/leases`` ``{"owner": str, "ttl": seconds, "take": int, "release": [lease token], "wait": seconds}``
@@ -61,6 +64,7 @@ STATUS: dict[str, int] = {
     "too_large": 413,
     "file_error": 422,
     "internal": 500,
+    "not_installed": 501,
     "slot_broken": 502,
     "closing": 503,
     "overloaded": 429,
@@ -128,6 +132,7 @@ _SLOT_ERRORS: dict[str, type[errors.SlotError]] = {
     "slot_broken": errors.SlotBroken,
     "result_gone": errors.SlotBroken,
     "internal": errors.SlotBroken,
+    "not_installed": errors.ContainerRefused,
     "closing": errors.ContainerLost,
     "overloaded": errors.SlotBroken,
 }

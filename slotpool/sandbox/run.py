@@ -55,12 +55,14 @@ class Run:
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
             return
+        self._host.tally.execution_began()
         try:
             self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
         except Exception as e:
             if not isinstance(e, RequestFailed):
-                log.exception("an execution could not be started")
+                log.exception("an execution could not be started", extra=self._ids())
             self._execution.failure = e if isinstance(e, RequestFailed) else _internal(e)
+            self._host.tally.execution_ended(call["tool"], None)
             tenancy.executions.finish(call["execution_id"], self._execution)
             return
         tenancy.executions.started(self._execution, self.job.call.cancel)
@@ -74,10 +76,15 @@ class Run:
         except RequestFailed as e:
             self._execution.failure = e
         except Exception as e:  # whatever it is, the callers must not wait for ever
-            log.exception("an execution could not be finished")
+            log.exception("an execution could not be finished", extra=self._ids())
             self._execution.failure = _internal(e)
         self._answer = self._execution.result or self._execution.failure
+        self._host.tally.execution_ended(self._call["tool"], self._execution.result)
         self._tenancy.executions.finish(self._call["execution_id"], self._execution)
+
+    def _ids(self) -> dict[str, str]:
+        """What tells log records of this execution from others'."""
+        return {"slot": self._call["slot"], "execution_id": self._call["execution_id"]}
 
     def _result(self, outcome: Outcome, restarted: bool) -> Result:
         error = ""
