@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
-from .commands import FAILED, bench, build, down, execute, serve, status, up
+from .commands import FAILED, bench, build, down, execute, serve, status, top, up
 from .errors import SlotPoolError
 
 _INTERRUPTED = 130
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slotpool {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what goes on to standard error")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (execute, serve, bench, build, up, status, down):
+    for command in (execute, serve, top, bench, build, up, status, down):
         command.add(commands)
     return parser
 
