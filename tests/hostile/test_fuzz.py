@@ -177,8 +177,6 @@ def requests(draw: st.DrawFn) -> tuple[str, str, bool, str | None, Any]:
     """A request that makes sense but, often, for one or two things: method, target, whether it is authorized, lease, body."""
     routes = ["health", "metrics", "v1/slots", *_SOUND, "file", "file", "v1", "", "execute", "execute", "leases"]
     route = draw(st.sampled_from(routes))
-        st.sampled_from(["health", "metrics", "v1/slots", *_SOUND, "file", "file", "v1", "", "execute", "execute", "leases"])
-    )
     method = "POST" if route in _SOUND else draw(st.sampled_from(["GET", "PUT"])) if route == "file" else "GET"
     body: Any = b""
     if route in _SOUND:
