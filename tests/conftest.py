@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pwd
@@ -25,7 +26,7 @@ from slotpool.sandbox.protocol import Lease
 # A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["nomads"]
+pytest_plugins = ["nomads", "attacks", "arena"]
 ROOT = os.geteuid() == 0
 PACKAGE = str(Path(sys.modules["slotpool"].__file__ or "").resolve().parents[1])
 
@@ -149,9 +150,9 @@ StartServer = Callable[..., Server]
 ORDINARY_USER = "nobody"
 
 
-@pytest.fixture
-def start_server() -> Iterator[StartServer]:
-    """Start servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end."""
+@contextlib.contextmanager
+def started_servers() -> Iterator[StartServer]:
+    """What starts servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end."""
     servers: list[Server] = []
     directories: list[str] = []
 
@@ -203,11 +204,20 @@ def start_server() -> Iterator[StartServer]:
         servers.append(server)
         return server
 
-    yield start
-    for server in servers:
-        server.stop()
-    for directory in directories:
-        shutil.rmtree(directory)
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.stop()
+        for directory in directories:
+            shutil.rmtree(directory)
+
+
+@pytest.fixture
+def start_server() -> Iterator[StartServer]:
+    """Servers of one test's own."""
+    with started_servers() as start:
+        yield start
 
 
 @pytest.fixture

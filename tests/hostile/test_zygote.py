@@ -1,0 +1,113 @@
+"""The zygote, which starts a slot's commands as the slot's own user, and what leads from it to the server."""
+
+from __future__ import annotations
+
+import pytest
+from arena import LOOK, PYTHON, Arena
+from attacks import attack
+from conftest import ISOLATED, StartServer
+
+TAKE_DESCRIPTORS = r"""
+for pid in given or [pid for pid in visible() if pid != os.getppid()]:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        continue
+    for n in range(256):
+        fd = libc.syscall(438, pidfd, n, 0)  # pidfd_getfd
+        if fd < 0:
+            continue
+        mode, target = os.fstat(fd).st_mode, os.readlink(f"/proc/self/fd/{fd}")
+        if not stat.S_ISFIFO(mode) and target != "/dev/null":
+            print("TAKEN", pid, n, target)
+            if stat.S_ISREG(mode):
+                attempt(os.write, fd, ("PLANTED" + "-IN-THE-LOG\n").encode())
+        os.close(fd)
+"""
+
+
+@attack("take the server's descriptors, its log, from the slot's own helpers", "none but pipes")
+@pytest.mark.parametrize("mode", ISOLATED)
+def test_no_descriptor_of_the_server_can_be_taken_from_a_process_in_the_slot(
+    start_server: StartServer, mode: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``capfd`` makes the server's standard error, which all its children have, a file."""
+    server = start_server(mode)
+    (a,) = server.lease()
+    arena = Arena(server, mode, a, a, "", "", 0, 0)
+    background = server.bash(a, "exec 7<>own; sleep 1000 >/dev/null 2>&1 & echo $!")["stdout"].split()
+    assert "TAKEN" in arena.run(a, LOOK + TAKE_DESCRIPTORS, given=[int(background[0])]), "the attack does not work"
+    server.bash(a, f"kill {background[0]}")
+    taken = [line for line in arena.run(a, LOOK + TAKE_DESCRIPTORS).splitlines() if "TAKEN" in line]
+    logged = capfd.readouterr().err
+    assert taken == []
+    assert "PLANTED-IN-THE-LOG" not in logged
+
+
+# Another process in the slot also has the nursery's socket, if it inherits it: what a slot could do with that.
+BE_THE_NURSERY = r"""
+import array
+pidfd = os.pidfd_open(1)
+for n in range(3, 256):
+    fd = libc.syscall(438, pidfd, n, 0)  # pidfd_getfd
+    if fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=fd) as sock, open("orders", "ab", 0) as log:
+            log.write(b"waiting\n")
+            while True:
+                message, control, *_ = sock.recvmsg(1 << 18, socket.CMSG_SPACE(8))
+                if not message:
+                    break
+                log.write(b"STOLEN " + message + b"\n")
+"""
+
+
+@attack("read the nursery's orders from its inherited socket", "no order is read")
+@pytest.mark.parametrize("mode", ["bwrap", "bwrap-as-user"])
+def test_a_slot_cannot_take_the_servers_orders_for_other_slots(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode)
+    a, b = server.lease(2)
+    server.client.write_file(a["slot"], a["token"], "thief.py", (LOOK + BE_THE_NURSERY).encode())
+    thieves = f"for i in 1 2 3 4; do {PYTHON} thief.py >/dev/null 2>&1 & done; sleep 1"
+    server.bash(a, thieves, env={"NEEDLE": "x", "GIVEN": "null"})
+    for _ in range(5):
+        server.client.lease("test", 30.0, 0, [b["token"]])
+        got = server.client.lease("test", 30.0, 1, wait=20)["leases"]
+        assert "STOLEN" not in server.bash(a, "cat orders 2>/dev/null")["stdout"]
+        (b,) = got
+        assert server.bash(b, "echo alive")["stdout"] == "alive\n"
+
+
+@attack("read, trace and take descriptors of the zygote, which has the same user", "denied", docker=True)
+def test_the_zygote_can_be_neither_read_nor_traced(arena: Arena) -> None:
+    """Its descriptors lead to the server, and it runs as the slot's own user."""
+    code = r"""
+zygote = int(given)
+for name in ("environ", "maps", "mem", "auxv", "fd/0", "cwd", "root", "exe"):
+    try:
+        if name in ("cwd", "root", "exe"):
+            os.readlink(f"/proc/{zygote}/{name}")
+        else:
+            os.close(os.open(f"/proc/{zygote}/{name}", os.O_RDONLY))
+            with open(f"/proc/{zygote}/{name}", "rb") as f:
+                f.read(1)
+        print("READ", name)
+    except PermissionError:
+        print("denied", name)
+    except OSError as e:
+        print("other", name, e)
+for n in range(64):
+    if libc.syscall(438, os.pidfd_open(zygote), n, 0) >= 0:
+        print("READ descriptor", n)
+try:
+    print("READ", os.listdir(f"/proc/{zygote}/fd"))
+except PermissionError:
+    print("denied list")
+if libc.ptrace(16, zygote, None, None) == 0:
+    print("READ by ptrace")
+    os._exit(0)
+"""
+    zygote = arena.server.bash(arena.a, "echo $PPID")["stdout"].strip()
+    told = arena.run(arena.a, LOOK + code, given=zygote)
+    assert "READ" not in told
+    assert told.count("denied") >= 6
+    arena.assert_unharmed()
