@@ -138,7 +138,18 @@ def effective_capabilities() -> int:
 
 
 def remove_ipc_objects(uid: int) -> None:
-    """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns."""
+    """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns. As root, without threads.
+
+    As that user, since in a container root may remove no one else's (it lacks CAP_SYS_ADMIN).
+    """
+    os.seteuid(uid)
+    try:
+        _remove_ipc_objects(uid)
+    finally:
+        os.seteuid(0)
+
+
+def _remove_ipc_objects(uid: int) -> None:
     removers: dict[str, Callable[[int], int]] = {
         "shm": lambda ident: _libc.shmctl(ident, _IPC_RMID, None),
         "sem": lambda ident: _libc.semctl(ident, 0, _IPC_RMID),
