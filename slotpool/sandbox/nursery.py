@@ -228,6 +228,7 @@ class UserSandbox(Sandbox):
     """
 
     _zygote: int | None = None
+    _dying = False  # killed, and not seen to be dead yet
 
     def start(self) -> None:
         self._zygote = self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
@@ -237,6 +238,7 @@ class UserSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
+        self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
         if self._zygote is not None:
             os.kill(self._zygote, signal.SIGKILL)  # it may not be that user yet
@@ -248,12 +250,13 @@ class UserSandbox(Sandbox):
         self.nursery.later(self._kill_again)
 
     def _kill_again(self) -> None:
-        if self.order["uid"] in self.nursery.bereaved:
+        if self._dying:  # `bereaved` may know the user for another sandbox by now, which has taken this one's place
             self.kill()
 
     def _look(self) -> None:
         uid = self.order["uid"]
-        if self._zygote is None and uid in self.nursery.bereaved and not confine.has_processes(uid):
+        if self._dying and self._zygote is None and not confine.has_processes(uid):
+            self._dying = False
             del self.nursery.bereaved[uid]
             self._clear()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from arena import LOOK, PYTHON, Arena
+from arena import LOOK, PYTHON, Arena, Standing
 from attacks import attack
 from conftest import ISOLATED, StartServer
+
+from slotpool.errors import SlotBroken
 
 TAKE_DESCRIPTORS = r"""
 for pid in given or [pid for pid in visible() if pid != os.getppid()]:
@@ -111,3 +113,17 @@ if libc.ptrace(16, zygote, None, None) == 0:
     assert "READ" not in told
     assert told.count("denied") >= 6
     arena.assert_unharmed()
+
+
+@pytest.mark.parametrize("mode", ISOLATED)
+@attack("kill the zygote, again and again", "the slot has a new one each time, and is clean at its end, not quarantined")
+def test_a_slot_whose_zygote_is_killed_in_quick_succession_comes_back(standing: Standing, mode: str) -> None:
+    """So that what sees to one's death meets the next one's."""
+    server = standing(mode)
+    (lease,) = server.lease()
+    for _ in range(40):
+        with pytest.raises(SlotBroken):
+            server.bash(lease, "kill -9 -1")
+    assert server.bash(lease, "echo well")["stdout"] == "well\n"
+    server.client.lease("test", 30.0, 0, [lease["token"]])
+    assert server.free(3)
