@@ -37,6 +37,8 @@ class SlotState(enum.Enum):
 class ExecutionResult:
     """How a command, or a tool, ended. A non-zero exit is data, not an exception; see :meth:`check`.
 
+    Two are equal if all but where, when and for how long they ran is: ``slot_id``, ``execution_id`` and ``duration``.
+
     :ivar success: it ended with exit code 0, in time.
     :ivar stdout: what it printed, as UTF-8; other bytes are U+FFFD. Of more than the limit, head and tail are kept with a
         line between them that says how much was left out, and ``stdout_truncated`` is set.
@@ -58,10 +60,10 @@ class ExecutionResult:
     timed_out: bool = False
     stdout_truncated: bool = False
     stderr_truncated: bool = False
-    duration: float = 0.0
+    duration: float = attr.ib(default=0.0, eq=False)
     error: str = ""
-    execution_id: str = ""
-    slot_id: str = ""
+    execution_id: str = attr.ib(default="", eq=False)
+    slot_id: str = attr.ib(default="", eq=False)
     metadata: dict[str, Any] = attr.ib(factory=dict)
     _raw_stdout: str | None = attr.ib(default=None, repr=False, eq=False)
     _raw_stderr: str | None = attr.ib(default=None, repr=False, eq=False)
