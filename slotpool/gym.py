@@ -78,6 +78,9 @@ class SlotEnv(gymnasium.Env[str, str]):
     :raises InvalidRequest: an argument can't be used.
     """
 
+    observation_space: AnyText
+    action_space: AnyText
+
     def __init__(
         self,
         pool: SlotPool,
