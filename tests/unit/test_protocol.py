@@ -25,6 +25,7 @@ CODES: dict[str, tuple[int, type[errors.SlotPoolError], bool]] = {
     "too_large": (413, errors.InvalidRequest, False),
     "file_error": (422, errors.FileError, False),
     "internal": (500, errors.SlotBroken, True),
+    "not_installed": (501, errors.ContainerRefused, False),
     "slot_broken": (502, errors.SlotBroken, True),
     "closing": (503, errors.ContainerLost, False),
     "overloaded": (429, errors.SlotBroken, False),
