@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import attr
 import pytest
@@ -317,19 +317,28 @@ def sandbox_image() -> Iterator[str]:
 Standing = Callable[[str], Server]
 
 
-@pytest.fixture(scope="module")
-def standing(request: pytest.FixtureRequest) -> Iterator[Standing]:
-    """Servers by mode that a module's tests share, each with leases of its own."""
-    with contextlib.ExitStack() as stack:
-        start = stack.enter_context(started_servers())
+def standing_with(**settings: Any) -> Any:
+    """A fixture: servers by mode that a module's tests share, each with leases of its own."""
 
-        @functools.cache
-        def stand(mode: str) -> Server:
-            if mode == "docker":
-                return stack.enter_context(contained_server(request.getfixturevalue("sandbox_image"), "--slots", "3"))
-            return start(mode, slots=3)
+    @pytest.fixture(scope="module")
+    def standing(request: pytest.FixtureRequest) -> Iterator[Standing]:
+        with contextlib.ExitStack() as stack:
+            start = stack.enter_context(started_servers())
 
-        yield stand
+            @functools.cache
+            def stand(mode: str) -> Server:
+                if mode == "docker":
+                    image = request.getfixturevalue("sandbox_image")
+                    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+                    return stack.enter_context(contained_server(image, *options))
+                return start(mode, **settings)
+
+            yield stand
+
+    return standing
+
+
+standing = standing_with(slots=3)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
