@@ -7,6 +7,7 @@ whatever limits that one limits the slots too. Sandboxes share the processors ev
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ class Groups:
 
     :ivar version: of control groups.
     :ivar roots: the server's own directories, one a hierarchy.
+    :ivar locks: descriptors of them. As long as a process has one that is locked, no other server takes them for left over.
     """
 
     def __init__(self, version: int, parents: Sequence[str], memory: int | None, cpus: float | None) -> None:
@@ -34,12 +36,14 @@ class Groups:
         self.version = version
         self._limits = _limits(version, memory, cpus)
         self.roots: list[str] = []
-        name = f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+        self.locks: list[int] = []
+        name = f"{_PREFIX}{os.urandom(8).hex()}"
         try:
             for parent in parents:
                 _sweep(parent)
                 os.mkdir(f"{parent}/{name}")
                 self.roots.append(f"{parent}/{name}")
+                self.locks.append(_locked(f"{parent}/{name}", wait=True))
             if version == 2:
                 _let_children_have(self.roots[0])
             self.make("probe")
@@ -82,21 +86,32 @@ class Groups:
         """Remove all. Repeatable."""
         for root in self.roots:
             remove_all(root)
+        while self.locks:
+            os.close(self.locks.pop())
 
 
 def find(memory: int | None, cpus: float | None) -> Groups:
     """Groups that work here, of version 2 if they can be had.
 
+    A server that starts may take those for left over that are made at the same moment; they are made once more then.
+
     :raises OSError: there are none.
     """
     try:
-        return Groups(2, [_delegated()], memory, cpus)
+        return _make(2, [_delegated()], memory, cpus)
     except OSError as e:
         failure = e
     try:
-        return Groups(1, list(dict.fromkeys([_own_directory("memory"), _own_directory("cpu")])), memory, cpus)
+        return _make(1, list(dict.fromkeys([_own_directory("memory"), _own_directory("cpu")])), memory, cpus)
     except OSError as e:
         raise OSError(e.errno, f"version 2: {failure}; version 1: {e}") from e
+
+
+def _make(version: int, parents: Sequence[str], memory: int | None, cpus: float | None) -> Groups:
+    try:
+        return Groups(version, parents, memory, cpus)
+    except FileNotFoundError:
+        return Groups(version, parents, memory, cpus)
 
 
 def join(files: Sequence[str]) -> None:
@@ -195,9 +210,28 @@ def _mounts() -> Iterator[tuple[str, str, str, list[str]]]:
 def _sweep(parent: str) -> None:
     """Remove the groups of servers that were killed together with their nursery."""
     for name in os.listdir(parent):
-        pid = name[len(_PREFIX) :].partition("-")[0]
-        if name.startswith(_PREFIX) and pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+        if name.startswith(_PREFIX):
+            try:
+                lock = _locked(f"{parent}/{name}", wait=False)
+            except OSError:  # it is in use, or gone already
+                continue
             remove_all(f"{parent}/{name}")
+            os.close(lock)
+
+
+def _locked(directory: str, wait: bool) -> int:
+    """A descriptor of it with the lock. Not the server's process id in its name: another may see that in no /proc of its own.
+
+    :raises OSError: somebody else has it, and this was not to be waited for; or the directory is gone.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        os.stat(directory)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _read(path: str) -> str:

@@ -90,7 +90,8 @@ class TenancyMaker:
         if os.geteuid() == 0 and self._config.isolation != "none":
             self._users = UserBlock()
         # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
-        locks = [self._state.lock] + ([self._users.fd] if self._users is not None else [])
+        locks = [self._state.lock, *(self._groups.locks if self._groups is not None else [])]
+        locks += [self._users.fd] if self._users is not None else []
         self._nursery = NurseryProcess(self._state.path, self._groups.roots if self._groups else (), locks)
 
     def _find_groups(self) -> cgroups.Groups | None:
