@@ -20,6 +20,7 @@ from .cell import Call
 KILL_LIMIT = 2.0  # seconds that the zygote has to kill a call, a little more than it gives itself
 _READ_SIZE = 1 << 16
 _MOST_READ = 1 << 20  # at once, when there is ever more
+_NOTHING = b"\0" * 4  # the kernel's integer 0
 
 
 class Output:
@@ -32,6 +33,7 @@ class Output:
         self._tail: deque[bytes] = deque()  # chunks; the first may begin before the tail does
         self._tail_size = 0
         self._total = 0
+        self._limit = limit
 
     def add(self, chunk: bytes) -> None:
         self._total += len(chunk)
@@ -55,7 +57,7 @@ class Output:
 
     @property
     def truncated(self) -> bool:
-        return self.omitted > 0
+        return self._total > self._limit
 
     def kept(self) -> bytes:
         """What was kept."""
@@ -157,11 +159,18 @@ class Driver:
             began = time.monotonic()
             for fd in call.feed_all():
                 self._watch(job, "feed", fd, select.POLLOUT)
+            self._watch_told(job)
             job.forgive(time.monotonic() - began)
 
     def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
         self._handles[fd] = job, what
         self._poll.register(fd, events)
+
+    def _watch_told(self, job: Job) -> None:
+        """Where a shell is told its script, it tells how that has ended."""
+        script = job.call.script
+        if script is not None and script.fileno() not in self._handles:
+            self._watch(job, "told", script.fileno(), select.POLLIN)
 
     def _unwatch(self, fd: int) -> None:
         if self._handles.pop(fd, None) is not None:
@@ -200,10 +209,17 @@ class Driver:
         if what == "status":
             job.outcome.status = job.call.read_status()
             self._finish(job)
+        elif what == "told":
+            job.outcome.status = job.call.read_told()
+            if job.outcome.status is None:
+                self._unwatch(fd)
+            else:
+                self._finish(job)
         elif what == "feed":
             job.moved = began = time.monotonic()
             if job.call.feed(fd):
                 self._unwatch(fd)
+                self._watch_told(job)
             job.forgive(time.monotonic() - began)  # the content may have come slowly
         else:
             try:
@@ -235,6 +251,8 @@ class Driver:
         if self._open:
             for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
                 self._unwatch(fd)
+            if call.script is not None:
+                self._unwatch(call.script.fileno())
         else:
             self._handles.clear()  # nothing is waited for any more
         status = job.outcome.status
@@ -253,7 +271,8 @@ class Driver:
 
 def _drain(fd: int, output: Output) -> None:
     """Read what is in the pipe now; a background process may hold it open, and write to it, for ever."""
-    (left,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
+    told = fcntl.ioctl(fd, termios.FIONREAD, _NOTHING)
+    left = 0 if told == _NOTHING else struct.unpack("i", told)[0]
     while left > 0:
         try:
             chunk = os.read(fd, min(left, _MOST_READ))

@@ -30,6 +30,7 @@ from .undertaker import Undertaker
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
 DEATH_LIMIT = 10.0  # seconds for all its processes to die
+_MOST_TOLD = 64  # bytes of what a shell tells that are looked at
 _PIPE_CHUNK = 1 << 20  # as wide as a pipe may be made by any user, see pipe(7)
 _F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
 
@@ -146,6 +147,8 @@ class Cell:
         call.set_feed("script", zygote.framed(script))
         if stdin is not None:
             call.set_feed("stdin", stdin)
+        else:
+            call.feed_all()  # at once, so that the shell gets on with it while this process prepares for its end
         return call
 
     def _take_armed(self) -> Call | None:
@@ -254,40 +257,47 @@ class Call:
 
         :raises OSError: if the sandbox is gone or does not take orders.
         """
-        self._lock = threading.Lock()  # guards the next two against cancel() from other threads
+        self._lock = threading.Lock()  # guards the next three against kill() and cancel() from other threads
         self._ended = False
         self._cancelled = False
+        self._killed = False
+        self._told = False  # its shell has told how its command has ended, and may not be dead yet
         self._closed = False
         self.cell = cell
         self.feeds: list[Feed] = []
-        self._script: int | None = None
+        self.script: socket.socket | None = None  # to a shell, which tells there how its command has ended
+        self._script_far: socket.socket | None = None  # kept, to see whether the shell has read it
         with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
             self.sock, far_sock = socket.socketpair()
+            self._end_poll = select.poll()
+            self._end_poll.register(self.sock, select.POLLIN)
             near.callback(self.sock.close)
             far.callback(far_sock.close)
-            pipes: dict[str, int] = {}
+            given = {"call": far_sock.fileno()}
             for name in ("stdout", "stderr", *feeds):
+                if name == "script":
+                    self.script, self._script_far = socket.socketpair()
+                    for end in (self.script, self._script_far):
+                        near.callback(end.close)
+                    self.script.setblocking(False)
+                    self.feeds.append(Feed(name, self.script.fileno()))
+                    given[name] = self._script_far.fileno()
+                    continue
                 ours, theirs = os.pipe()
                 if name in feeds:
                     ours, theirs = theirs, ours
                     self.feeds.append(Feed(name, ours))
                 os.set_blocking(ours, False)  # what poll(2) has seen there, the slot may have taken away since
                 near.callback(os.close, ours)
-                if name == "script":
-                    self._script = theirs  # kept, to see whether the shell has read it
-                    near.callback(os.close, theirs)
-                else:
-                    far.callback(os.close, theirs)
+                far.callback(os.close, theirs)
                 if name == "stdout":
                     self.stdout = ours
                 elif name == "stderr":
                     self.stderr = ours
-                pipes[name] = theirs
-            uid = cell.order["uid"]
-            if uid != os.geteuid():
-                for fd in pipes.values():  # else /dev/stdout could not be opened by the slot's user
-                    os.fchown(fd, uid, cell.order["gid"])
-            cell.send({**order, "fds": ["call", *pipes]}, [far_sock.fileno(), *pipes.values()])
+                given[name] = theirs
+                if cell.order["uid"] != os.geteuid():  # else /dev/stdout could not be opened by the slot's user
+                    os.fchown(theirs, cell.order["uid"], cell.order["gid"])
+            cell.send({**order, "fds": list(given)}, list(given.values()))
             near.pop_all()  # close() sees to these from now on
 
     def set_feed(self, name: str, content: bytes, more: Callable[[], bytes] = bytes) -> None:
@@ -296,13 +306,16 @@ class Call:
 
     def feed(self, fd: int) -> bool:
         """Write as much as the pipe takes; True once everything is written, or nobody reads it, and the pipe needs no more."""
-        feed = next(feed for feed in self.feeds if feed.fd == fd)
+        return self._feed(next(feed for feed in self.feeds if feed.fd == fd))
+
+    def _feed(self, feed: Feed) -> bool:
+        fd = feed.fd
         try:
             while feed.rest or feed.refill():
                 feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
         except BlockingIOError:
             return False
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             pass
         if feed.name != "script":  # whose reader knows its length
             self.feeds.remove(feed)
@@ -311,13 +324,11 @@ class Call:
 
     def feed_all(self) -> list[int]:
         """Write as much as the pipes take; those that take more later."""
-        return [feed.fd for feed in list(self.feeds) if not self.feed(feed.fd)]
+        return [feed.fd for feed in list(self.feeds) if not self._feed(feed)]
 
     def has_ended(self) -> bool:
         """Whether :meth:`read_status` would return at once."""
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(self._end_poll.poll(0))
 
     def read_status(self) -> int | None:
         """The wait status; None if the zygote has gone without telling it, or has sent something else."""
@@ -328,11 +339,26 @@ class Call:
             return None
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
 
+    def read_told(self) -> int | None:
+        """The wait status that a shell has told of its command; None if it was something else, or the call is being killed:
+        then its end is still to come. If it is one, the call can't be cancelled any more.
+        """
+        assert self.script is not None
+        try:
+            status = zygote.read_told(self.script.recv(_MOST_TOLD))
+        except OSError:
+            return None
+        with self._lock:
+            if status is None or self._killed:
+                return None
+            self._told = self._ended = True
+            return status
+
     def script_unread(self) -> bool:
         """Whether a shell has not read its script to the end. It runs nothing of it before."""
-        if self._script is None:
+        if self._script_far is None:
             return False
-        (left,) = struct.unpack("i", fcntl.ioctl(self._script, termios.FIONREAD, b"\0" * 4))
+        (left,) = struct.unpack("i", fcntl.ioctl(self._script_far, termios.FIONREAD, b"\0" * 4))
         return bool(left > 0)
 
     def kill(self) -> None:
@@ -348,6 +374,7 @@ class Call:
                 self._kill()
 
     def _kill(self) -> None:
+        self._killed = True
         try:
             self.sock.send(b"k", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except OSError:  # it has ended
@@ -360,15 +387,20 @@ class Call:
             return self._cancelled
 
     def close(self) -> None:
-        """Close everything; a process that still runs is killed."""
+        """Close everything; a process that still runs is killed, unless it has told that it is done."""
         self.end()
         if self._closed:
             return
         self._closed = True
+        if self._told and not self.has_ended():
+            with contextlib.suppress(OSError):  # it just has
+                self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self.sock.close()
         os.close(self.stdout)
         os.close(self.stderr)
-        if self._script is not None:
-            os.close(self._script)
+        for end in (self.script, self._script_far):
+            if end is not None:
+                end.close()
         for feed in self.feeds:
-            os.close(feed.fd)
+            if feed.name != "script":
+                os.close(feed.fd)

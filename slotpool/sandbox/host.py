@@ -51,7 +51,8 @@ class Host:
         self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]
         # Guards the fields from here to _closing; signalled when a slot becomes free, and when one of them changes otherwise.
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
         self._spare: Tenancy | None = None  # made in advance, so that a slot which is given back need not wait for one
@@ -69,7 +70,7 @@ class Host:
         """End what was in ``slot``, make sure of it, and prepare it for the next lease."""
         began = time.monotonic()
         try:
-            with self._changed:
+            with self._lock:
                 old = self._tenancies.pop(slot, None)
             if old is not None:
                 self._maker.end(old)
@@ -79,12 +80,12 @@ class Host:
         except Exception as e:
             log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed), extra={"slot": slot})
             self.tally.cleaned(time.monotonic() - began, failed=True)
-            with self._changed:
+            with self._lock:
                 self._table.quarantine(slot, str(e))
                 self._changed.notify_all()
             return
         self.tally.cleaned(time.monotonic() - began, failed=False)
-        with self._changed:
+        with self._lock:
             self._tenancies[slot] = tenancy
             self._table.ready(slot)
             self._changed.notify_all()
@@ -93,18 +94,18 @@ class Host:
         """Have a spare made, if there is none then. Once a slot was taken, and not sooner: it is in the way of who waits for
         that one.
         """
-        with self._changed:
+        with self._lock:
             if not self._closing:  # the cleaners have not ended then
                 self._cleaners.submit(self._make_spare)
 
     def _take_spare(self) -> Tenancy | None:
-        with self._changed:
+        with self._lock:
             spare, self._spare = self._spare, None
             return spare
 
     def _make_spare(self) -> None:
         """See that there is a sandbox in advance, behind all slots that are to be made ready."""
-        with self._changed:
+        with self._lock:
             if self._closing or self._spare is not None or self._making_spare:
                 return
             self._making_spare = True
@@ -114,7 +115,7 @@ class Host:
         except (SandboxStartFailed, OSError) as e:
             log.info("no sandbox could be made in advance: %s", e)
         finally:
-            with self._changed:
+            with self._lock:
                 self._spare, self._making_spare = spare, False
 
     def _make_with_patience(self) -> Tenancy | None:
@@ -128,7 +129,7 @@ class Host:
                 if pause is None or self._closing:
                     raise
                 log.warning("a sandbox could not be made, trying again in %g s: %s", pause, e)
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._closing, pause)
         raise AssertionError
 
@@ -137,7 +138,7 @@ class Host:
     def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> protocol.LeaseAnswer:
         """Give back, then take; see the protocol's ``POST /v1/leases``."""
         deadline = time.monotonic() + wait
-        with self._changed:
+        with self._lock:
             self._refuse_if_closing()
             to_clean = self._table.release(release)
             released = len(to_clean)
@@ -148,7 +149,7 @@ class Host:
         self._clean(to_clean)
         if own is not None:
             self._make_ready(own)
-        with self._changed:
+        with self._lock:
             if own is not None:
                 self._cleaning -= 1
                 self._changed.notify_all()
@@ -178,7 +179,7 @@ class Host:
 
     def renew(self, tokens: Sequence[str]) -> protocol.RenewAnswer:
         """Renew leases."""
-        with self._changed:
+        with self._lock:
             lost = self._table.renew(tokens, time.monotonic())
             return {
                 "boot_id": self.boot_id,
@@ -189,7 +190,7 @@ class Host:
 
     def cordon(self, owner: str, ttl: float, release: Sequence[str]) -> bool:
         """Give leases back, then grant none for ``ttl`` seconds; False, if others are held."""
-        with self._changed:
+        with self._lock:
             self._refuse_if_closing()
             to_clean = self._table.release(release)
             now = time.monotonic()
@@ -201,7 +202,7 @@ class Host:
 
     def _reap(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if self._closing:
                     return
                 now = time.monotonic()
@@ -219,7 +220,7 @@ class Host:
 
         :raises RequestFailed: if the lease is not that slot's.
         """
-        with self._changed:
+        with self._lock:
             if slot not in self._table:
                 raise protocol.invalid("slot", f"one of this container's slots, slot_0 to slot_{self.config.slots - 1}", slot)
             if self._table.check(slot, token, time.monotonic()) is None:
@@ -227,7 +228,7 @@ class Host:
             return self._tenancies[slot]
 
     def _holds(self, slot: str, token: str) -> bool:
-        with self._changed:
+        with self._lock:
             return self._table.check(slot, token, time.monotonic()) is not None
 
     def reset(self, slot: str, token: str, network: bool | None) -> bool:
@@ -244,7 +245,7 @@ class Host:
         except (SandboxStartFailed, OSError) as e:
             raise RequestFailed("slot_broken", str(e)) from e
         fresh.executions = old.executions  # ids stay spent
-        with self._changed:
+        with self._lock:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
                 return network
@@ -268,10 +269,10 @@ class Host:
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:
-            if ended:
-                driver.close()
             for run in runs:
                 run.warm_up()
+            if ended:
+                self.warmer.later(driver.close)
 
         return answers, afterwards
 
@@ -327,7 +328,7 @@ class Host:
     # The server as a whole
 
     def health(self) -> dict[str, Any]:
-        with self._changed:
+        with self._lock:
             counts = self._table.counts()
         tally = self.tally
         with tally.lock:
@@ -351,7 +352,7 @@ class Host:
         }
 
     def describe_slots(self) -> list[dict[str, str]]:
-        with self._changed:
+        with self._lock:
             return self._table.describe()
 
     def wait_for_nursery(self) -> bool:
@@ -361,7 +362,7 @@ class Host:
 
     def close(self) -> None:
         """End every lease and sandbox, remove every file. Running calls end as lost. Repeatable."""
-        with self._changed:
+        with self._lock:
             if self._closing:
                 return
             self._closing = True
@@ -371,7 +372,7 @@ class Host:
             tenancy.cell.destroy()
         self._reaper.join()
         self._cleaners.shutdown()
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._cleaning)
         self.warmer.stop()
         self._maker.close()

@@ -55,16 +55,17 @@ class Run:
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
             return
-        self._host.tally.execution_began()
         try:
             self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
         except Exception as e:
             if not isinstance(e, RequestFailed):
                 log.exception("an execution could not be started", extra=self._ids())
             self._execution.failure = e if isinstance(e, RequestFailed) else _internal(e)
+            self._host.tally.execution_began()
             self._host.tally.execution_ended(call["tool"], None)
             tenancy.executions.finish(call["execution_id"], self._execution)
             return
+        self._host.tally.execution_began()
         tenancy.executions.started(self._execution, self.job.call.cancel)
 
     def _finish(self) -> None:
@@ -131,4 +132,4 @@ class Run:
     def warm_up(self) -> None:
         """Have the next shells started, so that the next call finds them waiting."""
         if self.job is not None:
-            self._host.warmer.call_ended(self._tenancy.cell)
+            self._host.warmer.shell_used(self._tenancy.cell)

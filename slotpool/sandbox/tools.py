@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import attr
 
-from . import protocol
+from . import protocol, zygote
 from .capture import Outcome
 from .cell import Call, Cell
 from .protocol import RequestFailed
@@ -20,6 +20,7 @@ from .protocol import RequestFailed
 MAX_COMMAND = 1024 * 1024  # bytes
 MAX_FAILURE = 4096  # bytes in which a file tool tells what went wrong
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_USES_HIGH_DESCRIPTORS = re.compile(rb"\d\d[<>]|[<>]&-")
 _TO_ESCAPE = re.compile(rb"[^ -~]|['\\]")
 _BASH_ARGS = dict.fromkeys("command cwd env stdin allow_network require_sandbox".split())
 _READ_ARGS = dict.fromkeys(["path"])
@@ -71,7 +72,7 @@ class Bash:
         self.stdout_limit = setting.max_output
         self._stdin = _text(args, "stdin", nul=True) if args.get("stdin") is not None else None
         # What bash evaluates before the command, see zygote.BOOTSTRAP. If the directory can't be entered, the nonce says so.
-        parts = [b"exec 3<&-;unset REPLY;SECONDS=0"]
+        parts = [b"unset REPLY;SECONDS=0"]
         self._cwd, self._nonce = "", b""
         self.stderr_limit = setting.max_output
         if args.get("cwd") is not None:
@@ -85,6 +86,8 @@ class Bash:
             for name, value in self._env(args["env"]).items():
                 parts.append(b"export %s=%s" % (name.encode(), _quote(value)))
         parts.append(b"set -- " + _quote(command))
+        if _USES_HIGH_DESCRIPTORS.search(command):
+            parts.append(zygote.ALONE)
         self._script = b";".join(parts)
         if "allow_network" in args or "require_sandbox" in args:
             self._check_wishes(args, setting)

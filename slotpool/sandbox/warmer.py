@@ -1,10 +1,12 @@
-"""Keep shells waiting in cells, at moments when that is in nobody's way."""
+"""What a call leaves to be done, at moments when that is in nobody's way: its end, and the start of the next shell."""
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
+from typing import Callable
 
 from .cell import Cell
 
@@ -15,27 +17,32 @@ _PAUSE = 0.0005  # seconds; with 2 ms, one call in a hundred takes four times as
 
 
 class Warmer:
-    """One thread that starts shells. Thread-safe."""
+    """One thread that starts shells and closes what they needed. Thread-safe."""
 
     def __init__(self) -> None:
-        self._due: queue.SimpleQueue[tuple[float, Cell] | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[tuple[float, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="slotpool-warmer", daemon=True)
         self._thread.start()
 
-    def call_ended(self, cell: Cell) -> None:
+    def later(self, act: Callable[[], None]) -> None:
+        """Call it soon, once the answer to a call is on its way. It may not raise."""
+        self._due.put((time.monotonic() + _PAUSE, act))
+
+    def shell_used(self, cell: Cell) -> None:
         """A shell of ``cell`` has been used, and the answer is on its way."""
         if not cell.armed:  # calls come so fast that the stock is gone
             arm(cell, 1)
-        self._due.put((time.monotonic() + _PAUSE, cell))
+        # One for one: several in a row would keep the zygote from telling the end of a call.
+        self.later(functools.partial(arm, cell, _STOCK))
 
     def _run(self) -> None:
         while True:
             entry = self._due.get()
             if entry is None:
                 return
-            due, cell = entry
+            due, act = entry
             time.sleep(max(0.0, due - time.monotonic()))
-            arm(cell, _STOCK)  # one for one: several in a row would keep the zygote from telling the end of a call
+            act()
 
     def stop(self) -> None:
         self._due.put(None)

@@ -8,7 +8,7 @@ the order that ``fds`` names them. What it starts is named by ``op``:
 
 ``shell``
     a bash that has started up and waits for its script, see :data:`BOOTSTRAP`. Descriptors ``call``, ``stdout``,
-    ``stderr``, ``script`` and perhaps ``stdin``.
+    ``stderr``, ``script`` (a socket) and perhaps ``stdin``.
 ``read``
     copy the regular file ``path``, of at most ``limit`` bytes, to ``stdout``; if ``sized``, after its size, see
     :data:`files.SIZE`.
@@ -20,6 +20,7 @@ the order that ``fds`` names them. What it starts is named by ``op``:
 ``call`` is a socket of the call's own. When the call's process has ended, its wait status goes there as a 32-bit
 integer in network order, or :data:`NOT_STARTED`, and the socket is closed. A byte or an end of file from the other side
 kills the call: the process and everything it started, daemonised or not. The status then comes when all of that is dead.
+After :data:`RELEASE` the other side wants to know no more, and the end of file kills nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import errno
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -37,19 +39,33 @@ from typing import Any, Callable, NoReturn
 from . import confine, files, killing, linux
 from .poller import Poller
 
-# Runs in a shell that is started before its command is known. From descriptor 3, a pipe, it reads a length and a script of as
-# many characters, see framed(); that sets the positional parameter 1 to the command (and does all else that must come first),
-# which is then evaluated as `bash -c` would. The `shift` puts the positional parameters back; it stands on the command's first
-# line, so that line numbers in error messages are the caller's. With a length the shell need not wait for the pipe's end, which
-# would cost it and the server a second wake-up.
-BOOTSTRAP = 'read -rN9 -u3&&read -rN$REPLY -u3&&eval "$REPLY";eval "shift;$1"'
+# Runs in a shell that is started before its command is known. From descriptor TALK, a socket, it reads a length and a script of
+# as many characters, see framed(); that sets the positional parameter 1 to the command (and does all else that must come
+# first), which is then evaluated as `bash -c` would. The `shift` puts the positional parameters back; it stands on the command's
+# first line, so that line numbers in error messages are the caller's. With a length the shell need not wait for the end of what
+# is sent, which would cost it and the server a second wake-up.
+#
+# When the command has ended the shell tells its exit code there, see read_told(), unless a trap on EXIT is still to run: its
+# death takes as long again as a short command, most of it in taking down its memory, and who called need not wait for that.
+# Where it does not come to that line (exit, exec, set -e, a signal), its death tells. What the line itself would show of a
+# caller's set -x or traps goes into the socket, where it is not understood, and its death tells.
+# While the command runs the descriptor is closed, but for a copy that none of its programs inherits. Bash has that where it keeps
+# such copies, from 10 on (see "greater than 9" under REDIRECTION in bash(1)). A command that looks as if it used those itself is
+# run by ALONE at the end of its script instead; its death tells.
+#
+# The first `trap` of a shell asks the kernel for each signal's handler: it does that while it waits.
+TALK = 59  # below 64, from where on a process needs a larger table, and above what scripts use
+BOOTSTRAP = f'''trap -p EXIT;read -rN9 -u{TALK}&&read -rN$REPLY -u{TALK}&&eval "$REPLY";eval "shift;$1" {TALK}<&-;{{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;REPLY() {{ return "$1";}};REPLY "$1";}} >&{TALK} 2>&{TALK}'''
+ALONE = b'exec %d<&-;eval "shift;$1";exit' % TALK
 SHELL = "/bin/bash"
 
 STATUS = struct.Struct("!i")
 NOT_STARTED = -1  # in place of a wait status: the slot can start no more processes
 READY = b"ready"
 ERROR = b"error "
+RELEASE = b"r"
 _NO_SUCH_SHELL = 127 << 8  # as a wait status
+_TOLD = re.compile(rb"(\d{1,3})\n")
 # What Python ignores, and programs expect not to be.
 _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -57,6 +73,12 @@ _DEFAULTED = (signal.SIGPIPE, signal.SIGXFSZ)
 def framed(script: bytes) -> bytes:
     """What the shell of :data:`BOOTSTRAP` is to be sent. ASCII only, as it counts characters."""
     return b"%09d%b" % (len(script), script)
+
+
+def read_told(told: bytes) -> int | None:
+    """The wait status that such a shell has told; None if it was something else."""
+    found = _TOLD.fullmatch(told)
+    return int(found[1]) << 8 if found else None
 
 
 def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]) -> NoReturn:
@@ -103,6 +125,7 @@ class _Call:
     """A running call: its process, the mark of all that it starts, and its socket.
 
     :ivar outputs: what it prints to. They are closed here after its end was told, so that the server is woken once for that.
+    :ivar released: nobody wants to know how it ends.
     """
 
     def __init__(self, pid: int, mark: int, sock: socket.socket, outputs: Sequence[int]) -> None:
@@ -110,6 +133,7 @@ class _Call:
         self.mark = mark
         self.sock = sock
         self.outputs = outputs
+        self.released = False
 
 
 class Zygote:
@@ -148,7 +172,7 @@ class Zygote:
             _tell(sock, self._refused(e, named["stderr"]))
         else:
             call = self._calls[pid] = _Call(pid, mark, sock, (named.pop("stdout"), named.pop("stderr")))
-            self._poller.watch(sock.fileno(), lambda: self._kill(call))
+            self._poller.watch(sock.fileno(), lambda: self._hear(call))
         for fd in named.values():
             os.close(fd)
 
@@ -161,12 +185,12 @@ class Zygote:
 
     def _start_shell(self, order: dict[str, Any], fds: dict[str, int]) -> int:
         """Not by a fork, which costs half a millisecond: this process is copied, and what both use after that is."""
-        given = (fds.get("stdin", self._null), fds["stdout"], fds["stderr"], fds["script"])
+        given = {0: fds.get("stdin", self._null), 1: fds["stdout"], 2: fds["stderr"], TALK: fds["script"]}
         return os.posix_spawn(
             SHELL,
             ["bash", "-c", BOOTSTRAP],
             self._env,
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(given)],
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in given.items()],
             setsid=True,
             setsigmask=(),
             setsigdef=_DEFAULTED,
@@ -201,10 +225,24 @@ class Zygote:
 
     def _ended(self, call: _Call, status: int) -> None:
         del self._calls[call.pid]
-        self._poller.unwatch(call.sock.fileno())
-        _tell(call.sock, status)
+        if not call.released:
+            self._poller.unwatch(call.sock.fileno())
+            _tell(call.sock, status)
         for fd in call.outputs:
             os.close(fd)
+
+    def _hear(self, call: _Call) -> None:
+        """Something has come from the other side of a call, or that was closed."""
+        try:
+            heard = call.sock.recv(1)
+        except OSError:  # it was closed with something unread in it
+            heard = b""
+        if heard != RELEASE:
+            self._kill(call)
+            return
+        call.released = True
+        self._poller.unwatch(call.sock.fileno())
+        call.sock.close()
 
     def _kill(self, call: _Call) -> None:
         if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):

@@ -7,6 +7,7 @@ import errno
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -223,38 +224,35 @@ class Ended:
     status: int
     stdout: bytes
     stderr: bytes
+    told: bytes = attr.ib(default=b"", eq=False)  # by the shell, before its end
 
 
 def spawn(argv: list[str], cwd: str, script: bytes | None = None) -> Ended:
-    """Run bash as a zygote does, with ``script`` in a pipe on descriptor 3."""
+    """Run bash as a zygote does, with a socket from which it reads ``script``, and where it tells how that has ended."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as null:
-        ours = theirs = -1
+        ours, theirs = socket.socketpair()
         actions = [(os.POSIX_SPAWN_DUP2, f.fileno(), to) for to, f in enumerate((null, out, err))]
         if script is not None:
-            theirs, ours = os.pipe()
-            actions.append((os.POSIX_SPAWN_DUP2, theirs, 3))
+            actions.append((os.POSIX_SPAWN_DUP2, theirs.fileno(), zygote.TALK))
         here = os.getcwd()
         os.chdir(cwd)
         try:
             pid = os.posix_spawn(zygote.SHELL, argv, ENV, file_actions=actions)
         finally:
             os.chdir(here)
-        if script is not None:
-            os.close(theirs)
-            feeder = threading.Thread(target=_feed, args=(ours, zygote.framed(script)))
-            feeder.start()
-            feeder.join()
-        _, status = os.waitpid(pid, 0)
+        theirs.close()
+        with ours:
+            if script is not None:
+                ours.sendall(zygote.framed(script))
+            _, status = os.waitpid(pid, 0)
+            ours.settimeout(0)  # a background process may have it open yet
+            try:
+                told = ours.recv(4096)
+            except (BlockingIOError, ConnectionResetError):
+                told = b""
         out.seek(0)
         err.seek(0)
-        return Ended(status, out.read(), err.read())
-
-
-def _feed(fd: int, data: bytes) -> None:
-    with open(fd, "wb", buffering=0) as pipe:
-        view = memoryview(data)
-        while view:
-            view = view[pipe.write(view) :]
+        return Ended(status, out.read(), err.read(), told)
 
 
 def run(command: str, at: str = "/", **args: Any) -> Ended:
@@ -389,6 +387,28 @@ ALIKE = [
     "break; echo $?",
     "(exit 9)",
     "true | false",
+    "set -x; echo $REPLY",
+    "set -v; true",
+    "set -n; true",
+    "set -o posix; false",
+    "trap 'echo debug' DEBUG; :",
+    "trap 'echo err' ERR; false",
+    "set -E; trap 'echo err' ERR; false",
+    "trap 'echo return' RETURN; f() { :; }; f",
+    "trap; trap -p",
+    "trap 'exit 6' EXIT; false",
+    "trap '' EXIT; false",
+    "readonly REPLY; false",
+    "IFS=0123456789; (exit 105)",
+    "printf() { echo mine; }; true",
+    "exec 2>&-; echo hi",
+    "exec 10>&1; echo hi >&10; echo well; false",
+    "exec 10>&1 11>&2; echo hi >&11; exit 4",
+    "exec {fd}>&1; echo hi >&$fd; exec {fd}>&-; echo $fd",
+    "for fd in {3..200}; do eval \"exec $fd>&-\"; done; echo well",
+    "exec 59>/dev/null; echo hi >&59; echo well",
+    "f() { return 200; }; f",
+    "set -o errexit; f() { false; }; f || true; f",
 ]
 
 
@@ -398,6 +418,38 @@ def test_a_command_does_what_it_does_under_bash_minus_c(command: str) -> None:
     assert ours.stdout == directly.stdout
     assert ours.status == directly.status
     assert bool(ours.stderr) == bool(directly.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("true", 0), ("false", 1), ("(exit 200)", 200), ("nonsense 2>/dev/null", 127), ("if", 2), ("true & wait", 0)],
+)
+def test_a_shell_that_has_nothing_left_to_do_tells_how_its_command_ended(command: str, status: int) -> None:
+    ended = run(command)
+    assert zygote.read_told(ended.told) == ended.status == status << 8
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "exit 3",
+        "exec true",
+        "kill -TERM $$",
+        "set -e; false",
+        "trap 'exit 5' EXIT",
+        "trap 'trap \"exit 5\" EXIT' DEBUG; :",
+        "set -x; true",
+        "trap 'echo 0' DEBUG; :",
+        "f() { trap 'exit 5' EXIT; }; f",
+    ],
+)
+def test_one_whose_end_may_still_be_another_tells_nothing_that_is_understood(command: str) -> None:
+    assert zygote.read_told(run(command).told) is None
+
+
+@pytest.mark.parametrize("told", [b"", b"0", b"\n", b"0\n0\n", b"-1\n", b"1000\n", b" 0\n", b"0\n ", "\u0661\n".encode()])
+def test_what_a_slots_processes_tell_is_no_status_unless_it_looks_like_one(told: bytes) -> None:
+    assert zygote.read_told(told) is None
 
 
 def test_a_command_of_the_greatest_length_runs() -> None:
