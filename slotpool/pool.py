@@ -345,7 +345,7 @@ class SlotPool:
             raise InvalidRequest("slot", "a slot of this pool", shown(slot))
         if not isinstance(tool, str):
             raise InvalidRequest("tool", "a string", shown(tool))
-        if not isinstance(args, Mapping):
+        if not isinstance(args, (dict, Mapping)):  # the former is told much sooner
             raise InvalidRequest("args", "a mapping", shown(args))
 
     def _timeout(self, timeout: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import json
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from . import protocol, transfer
+from .front import KEPT
 from .host import Host
 from .protocol import RequestFailed
 from .run import Answer
@@ -118,16 +120,28 @@ class App:
         return response
 
     def _route(self, environ: WSGIEnvironment) -> Response:
+        kept: dict[str, Any] = environ.get(KEPT, {})
+        act = kept.get("act")
+        if act is None:
+            act = kept["act"] = self._find(environ)
+        response: Response = act(environ)
+        return response
+
+    def _find(self, environ: WSGIEnvironment) -> Callable[[WSGIEnvironment], Response]:
+        """What a request asks for, by its head alone.
+
+        :raises RequestFailed: it may not ask, or there is no such thing.
+        """
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         public = path == "/health" and method == "GET" and "HTTP_AUTHORIZATION" not in environ
         if not public and not self._is_authorized(environ):
             raise RequestFailed("unauthorized", "expected the header Authorization: Bearer TOKEN with this server's token")
         if path in self._fixed:
-            return _of_method(self._fixed[path], method)(environ)
+            return _of_method(self._fixed[path], method)
         parts = path.split("/")
         if len(parts) == 5 and parts[:3] == ["", "v1", "slots"] and parts[4] in self._of_slot:
             lease = environ.get("HTTP_SLOTPOOL_LEASE", "")
-            return _of_method(self._of_slot[parts[4]], method)(environ, parts[3], lease)
+            return functools.partial(_of_method(self._of_slot[parts[4]], method), slot=parts[3], lease=lease)
         raise RequestFailed("not_found", f"there is no {path}")
 
     def _is_authorized(self, environ: WSGIEnvironment) -> bool:
@@ -218,7 +232,7 @@ class App:
         return Response(204, (), 0, "")
 
 
-def _of_method(methods: dict[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
+def _of_method(methods: Mapping[str, Callable[..., Response]], method: str) -> Callable[..., Response]:
     if method not in methods:
         raise RequestFailed("method_not_allowed", f"expected {' or '.join(methods)}, got {method}")
     return methods[method]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import secrets
+import os
 import threading
 import time
 import urllib.parse
@@ -109,22 +109,23 @@ class SandboxClient:
         """
         for _ in range(_RETRIES):
             try:
-                return self._execute(slot, lease, tool, args, timeout, execution_id or secrets.token_hex(16))
+                return self._execute(slot, lease, tool, args, timeout, execution_id or new_execution_id())
             except SlotBroken as e:
                 if e.may_have_run or execution_id is not None:
                     raise
-        return self._execute(slot, lease, tool, args, timeout, execution_id or secrets.token_hex(16))
+        return self._execute(slot, lease, tool, args, timeout, execution_id or new_execution_id())
 
     def _execute(self, slot: str, lease: str, tool: str, args: Mapping[str, Any], timeout: float, execution_id: str) -> Result:
         call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
-        deadline = time.monotonic() + timeout + _ENDING + _SLACK
-
-        pause = _Pause()
+        begun = time.monotonic()
+        deadline = begun + timeout + _ENDING + _SLACK
+        pause: _Pause | None = None
 
         def ask() -> tuple[int, Any]:
-            wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
-            return self._http.json("POST", path, {**call, "wait": wait}, wait + _SLACK, headers)
+            left = deadline - _SLACK - time.monotonic()
+            call["wait"] = wait = _HOLD if left > _HOLD else max(0.0, left)
+            return self._http.json("POST", path, call, wait + _SLACK, headers)
 
         try:
             while True:
@@ -134,6 +135,7 @@ class SandboxClient:
                     return result  # type: ignore[no-any-return]
                 if time.monotonic() > deadline:
                     raise self._lost(f"the command should have ended {_ENDING + _SLACK:.0f} s ago", True)
+                pause = pause or _Pause(begun)
                 pause()
         except SlotPoolError:
             raise
@@ -156,7 +158,7 @@ class SandboxClient:
         found: list[object] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
 
-        pause = _Pause()
+        pause = _Pause(time.monotonic())
 
         def ask() -> tuple[int, Any]:
             wait = max(0.0, min(_HOLD, deadline - _SLACK - time.monotonic()))
@@ -174,7 +176,7 @@ class SandboxClient:
                         failure = found[i] = protocol.to_exception(0, answer, repeated)
                         if answer["error"].get("code") == "slot_broken" and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
-                            calls[i]["execution_id"] = secrets.token_hex(16)
+                            calls[i]["execution_id"] = new_execution_id()
                             if cancelled is None or not cancelled.is_set():
                                 found[i] = None
                                 anew = True
@@ -294,6 +296,10 @@ class SandboxClient:
         return protocol.to_exception(status, body, repeated)
 
 
+def new_execution_id() -> str:
+    return os.urandom(16).hex()
+
+
 def _may_have_run(failure: Exception) -> bool:
     return not isinstance(failure, SlotError) or failure.may_have_run
 
@@ -301,8 +307,9 @@ def _may_have_run(failure: Exception) -> bool:
 class _Pause:
     """Between two requests for the same result: none, if the server has held the first one; it need not."""
 
-    def __init__(self) -> None:
-        self._last = time.monotonic()
+    def __init__(self, begun: float) -> None:
+        """:param begun: when the first one was sent, on the monotonic clock."""
+        self._last = begun
 
     def __call__(self) -> None:
         time.sleep(max(0.0, self._last + _LEAST - time.monotonic()))

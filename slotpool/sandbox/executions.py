@@ -48,18 +48,20 @@ class Executions:
     """The executions of one lease. Thread-safe."""
 
     def __init__(self) -> None:
-        # Guards both tables, and that cancel requests aren't lost while one starts; signalled when one is done.
-        self._changed = threading.Condition(threading.Lock())
+        # Guards the fields below, and that cancel requests aren't lost while one starts; signalled when one is done.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._known: OrderedDict[str, Execution] = OrderedDict()
         self._finished: OrderedDict[str, Execution] = OrderedDict()
         self._kept = 0  # characters of their results
+        self._waiting = 0  # threads that wait for the signal
 
     def begin(self, execution_id: str, request: tuple[object, ...]) -> tuple[Execution, bool]:
         """The execution of that id, and whether it is new, so that the caller must run it.
 
         :raises RequestFailed: if that id was used for another request.
         """
-        with self._changed:
+        with self._lock:
             known = self._known.get(execution_id)
             if known is not None:
                 if known.request not in (request, _CANCELLED):
@@ -71,13 +73,12 @@ class Executions:
                         got="one that was used for another",
                     )
                 return known, False
-            execution = Execution(request)
-            self._add(execution_id, execution)
+            execution = self._known[execution_id] = Execution(request)
+            self._forget_oldest()
             return execution, True
 
-    def _add(self, execution_id: str, execution: Execution) -> None:
-        """The lock is held."""
-        self._known[execution_id] = execution
+    def _forget_oldest(self) -> None:
+        """If there are too many. The lock is held."""
         if len(self._known) > _KNOWN_IDS:
             oldest = next((key for key, known in self._known.items() if known.done), None)
             if oldest is not None:
@@ -85,7 +86,7 @@ class Executions:
 
     def started(self, execution: Execution, cancel: Callable[[], None]) -> None:
         """``cancel`` can be called from now on."""
-        with self._changed:
+        with self._lock:
             execution.cancel = cancel
             requested = execution.cancel_requested
         if requested:
@@ -93,7 +94,7 @@ class Executions:
 
     def finish(self, execution_id: str, execution: Execution) -> None:
         """Its result or failure is set: wake who waits for it, and forget the content of the oldest ones."""
-        with self._changed:
+        with self._lock:
             self._finished[execution_id] = execution
             self._kept += _size(execution)
             while len(self._finished) > 1 and (len(self._finished) > _KEPT_RESULTS or self._kept > _KEPT_CHARACTERS):
@@ -102,21 +103,27 @@ class Executions:
                 oldest.result = oldest.failure = None
             execution.cancel = None
             execution.done = True
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def wait(self, execution: Execution, timeout: float) -> bool:
         """Wait until it is done, for up to ``timeout`` seconds; whether it is."""
-        with self._changed:
-            return self._changed.wait_for(lambda: execution.done, timeout)
+        with self._lock:
+            self._waiting += 1
+            try:
+                return self._changed.wait_for(lambda: execution.done, timeout)
+            finally:
+                self._waiting -= 1
 
     def cancel(self, execution_id: str) -> bool:
         """Kill it if it runs; an id that never came is kept from running. Whether there was something to cancel."""
-        with self._changed:
+        with self._lock:
             execution = self._known.get(execution_id)
             if execution is None:
                 why = "it was cancelled before it began"
                 execution = Execution(_CANCELLED, True, failure=RequestFailed("result_gone", why, may_have_run=False))
-                self._add(execution_id, execution)
+                self._known[execution_id] = execution
+                self._forget_oldest()
                 return False
             if execution.done:
                 return False
@@ -128,5 +135,5 @@ class Executions:
 
     def pending(self) -> dict[str, Execution]:
         """Those that have not ended."""
-        with self._changed:
+        with self._lock:
             return {key: one for key, one in self._known.items() if not one.done}

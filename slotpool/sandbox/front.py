@@ -36,6 +36,7 @@ _HEAD_LIMIT = 10.0  # seconds for a head to come in whole
 _SILENCE = 30.0  # seconds without a byte, either way, amid a request or an answer
 _LINGER = 2.0  # seconds for which what is left of a body that was not read may come
 _END_LIMIT = 5.0  # seconds that requests under way have when the server ends
+KEPT = "slotpool.kept"  # in the environment: a dict that requests of a connection share as long as nothing but their length differs
 _LENGTH_LAST = b"\r\nContent-Length: "
 _LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([\x21-\x7e]+) HTTP/1\.([01])")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -259,6 +260,7 @@ class _Connection:
             return {**self._last[1], "CONTENT_LENGTH": digits.decode()}, int(digits), self._last[2]
         environ, length, keep = _parse(head)
         environ.update(self._front.environ)
+        environ[KEPT] = {}
         if last:
             self._last = begin, environ.copy(), keep
         return environ, length, keep
@@ -284,7 +286,7 @@ class _Connection:
             chunks = iter(answer)
             first = next(chunks, b"")
             ((status, headers),) = told
-            keep = keep and (status[:3] in ("204", "304") or any(name.lower() == "content-length" for name, _ in headers))
+            keep = keep and (status[:3] in ("204", "304") or "content-length" in [name.lower() for name, _ in headers])
             keep = keep and not body.is_unwanted
             self._sock.settimeout(_SILENCE)
             if environ["REQUEST_METHOD"] == "HEAD":

@@ -57,7 +57,7 @@ class Transport:
         self.address = address
         self._connect = _connector(address, cacert)
         # The last used is the first taken. Appending and popping are atomic, so there is no lock.
-        self._idle: collections.deque[Any] = collections.deque()
+        self._idle: collections.deque[_Connection] = collections.deque()
         self._most = connections
         self.closed = False  # by its owner: the other side is given up
         host = urllib.parse.urlsplit(address).netloc.rpartition("@")[2] or "localhost"
@@ -80,7 +80,10 @@ class Transport:
         head = "".join(lines).encode("latin-1")
         connection = self._take(min(CONNECT_TIMEOUT, read_timeout))
         try:
-            status, content, keep = _exchange(connection.sock, head, body, read_timeout)
+            if connection.timeout != read_timeout:
+                connection.sock.settimeout(read_timeout)
+                connection.timeout = read_timeout
+            status, content, keep = _exchange(connection.sock, head, body)
         except BaseException as e:
             connection.close()
             if isinstance(e, _Malformed) or _is_of_the_system(e):
@@ -94,19 +97,17 @@ class Transport:
             connection.close()
         return status, content
 
-    def _take(self, timeout: float) -> Any:
+    def _take(self, timeout: float) -> _Connection:
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 break
-            poll = select.poll()
-            poll.register(connection.sock, select.POLLIN)
-            if not poll.poll(0):
+            if not connection.told():
                 return connection
             connection.close()  # the server has closed it, as it was idle for long
         try:
-            return self._connect(timeout)
+            return _Connection(self._connect(timeout))
         except (OSError, urllib3.exceptions.HTTPError) as e:
             cause = e.__cause__ if isinstance(e, urllib3.exceptions.HTTPError) else e
             if isinstance(cause, OSError) and not _is_of_the_system(cause):
@@ -126,7 +127,7 @@ class Transport:
             raise InvalidRequest("args", "what JSON can express", str(e)) from e
         status, content = self.request(method, path, data, read_timeout, headers)
         try:
-            return status, json.loads(content)
+            return status, json.loads(content.decode())  # of bytes it would guess the encoding first
         except ValueError:
             return status, None
 
@@ -141,6 +142,22 @@ class Transport:
                 self._idle.pop().close()
             except IndexError:
                 return
+
+
+class _Connection:
+    """One that may serve many requests, one after the other."""
+
+    def __init__(self, opened: Any) -> None:
+        """:param opened: something with ``sock`` and ``close``."""
+        self.sock: socket.socket = opened.sock
+        self.close: Callable[[], None] = opened.close
+        self.timeout = -1.0  # of its socket; not known yet
+        self._poll = select.poll()
+        self._poll.register(self.sock, select.POLLIN)
+
+    def told(self) -> bool:
+        """Whether something has come, or it was closed."""
+        return bool(self._poll.poll(0))
 
 
 class _UnixConnection:
@@ -192,12 +209,11 @@ def _is_of_the_system(error: BaseException) -> bool:
     return isinstance(error, OSError) and (module in (__name__, "socket", "ssl") or module.startswith("urllib3."))
 
 
-def _exchange(sock: socket.socket, head: bytes, body: bytes | None, read_timeout: float) -> tuple[int, bytes, bool]:
+def _exchange(sock: socket.socket, head: bytes, body: bytes | None) -> tuple[int, bytes, bool]:
     """Send and receive; the status, the content, and whether the connection may be kept.
 
     :raises _Malformed: if the answer is not what these servers send.
     """
-    sock.settimeout(read_timeout)
     cut: OSError | None = None
     try:
         if body is None or len(body) <= _JOINED:
