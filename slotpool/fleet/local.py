@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _BACKOFF = (0.0, 1.0, 5.0, 30.0)  # seconds before the next attempt, after so many servers in a row that failed to start
 _END_LIMIT = 20.0  # seconds for a server to end all its sandboxes
+_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (slotpool\.[\w.]+): (.*)")  # what a server logs
 _KINDS = {kind.__name__: kind for kind in (IsolationUnavailable, StartFailed)}
 
 
@@ -37,6 +39,7 @@ class _Server:
         self._token = secrets.token_urlsafe(24)
         self._on_change = on_change
         self._said: deque[str] = deque(maxlen=20)
+        self._logs_to = log, logging.INFO  # where, and how, its last line was logged
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slotpool.sandbox"],
@@ -51,7 +54,9 @@ class _Server:
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
         try:
-            self._stdin.write(json.dumps({**settings, "token": self._token, "parent": os.getpid()}).encode() + b"\n")
+            debug = logging.getLogger("slotpool.sandbox").isEnabledFor(logging.DEBUG)
+            more = {"token": self._token, "parent": os.getpid(), "log_level": "DEBUG" if debug else "INFO"}
+            self._stdin.write(json.dumps({**settings, **more}).encode() + b"\n")
             self._stdin.flush()
         except BrokenPipeError:  # it has failed already, and says so
             pass
@@ -87,7 +92,10 @@ class _Server:
                 self.failure = _KINDS.get(told["failed"], StartFailed)(told["message"])
                 return
         self._said.append(line)
-        log.info("%s: %s", self.id, line)
+        if logged := _LINE.match(line):  # else it goes on, say with a traceback
+            self._logs_to = logging.getLogger(logged[2]), int(getattr(logging, logged[1]))
+        logger, level = self._logs_to
+        logger.log(level, "%s: %s", self.id, logged[3] if logged else line)
 
     def ask_to_end(self) -> None:
         """Returns at once."""

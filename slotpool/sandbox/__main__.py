@@ -1,8 +1,8 @@
 """A sandbox server as a child process of a local fleet.
 
-Standard input brings one line of JSON, :class:`Settings`, and stays open as long as the parent wants the server. Standard
-output takes ``{"ready": address}`` or ``{"failed": name of an exception, "message"}`` as a line; the log goes to
-standard error.
+Standard input brings one line of JSON, the fields of :class:`.HostConfig` and ``token parent log_level``, and stays open as
+long as the parent wants the server. Standard output takes ``{"ready": address}`` or
+``{"failed": name of an exception, "message"}`` as a line; the log goes to standard error.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> None:
         return  # the parent died before it could ask for anything
     settings = json.loads(line)
     token, parent = settings.pop("token"), settings.pop("parent")
+    logging.getLogger("slotpool").setLevel(settings.pop("log_level", "INFO"))
     settings["readonly_paths"] = tuple(settings["readonly_paths"])
     config = ServeConfig(HostConfig(**settings), listen=None, token=token, parent=parent)
     try:
