@@ -17,7 +17,9 @@ _INTERRUPTED = 130
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slotpool", description="Isolated slots for code you don't trust.")
     parser.add_argument("--version", action="version", version=f"slotpool {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what goes on to standard error")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="log what goes on to standard error; -vv each lease and execution"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (execute, serve, top, bench, build, up, status, down):
         command.add(commands)
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The entry point; ends by ``SystemExit``."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if args.verbose > 1:
+        logging.getLogger("slotpool").setLevel(logging.DEBUG)
     try:
         sys.exit(args.run(args))
     except SlotPoolError as e:

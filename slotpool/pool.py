@@ -27,6 +27,7 @@ from .fleet.static import StaticFleet
 from .health import HealthThread
 from .mapping import Item, MapResults, Value
 from .preparing import Steps, prepare, steps_of
+from .sandbox import logs
 from .slot import ExecutionResult, Slot, SlotState
 from .supply import Supply
 from .tenure import Tenure
@@ -204,6 +205,7 @@ class SlotPool:
         except BaseException:
             slot.release()
             raise
+        logs.lease(log, slot.slot_id, tenure.token, "acquired in %s for %s", slot.alloc_id, slot.trajectory_id)
         return slot
 
     def _situation(self) -> str:
@@ -229,8 +231,10 @@ class SlotPool:
             raise InvalidRequest("slot", "a slot of this pool", f"{slot!r} of another pool")
         if os.getpid() != self._pid:
             return
-        if slot._tenure.end():
-            self._supply.give_back(slot._tenure, keep=not reset_workspace)
+        tenure = slot._tenure
+        if tenure.end():
+            self._supply.give_back(tenure, keep=not reset_workspace)
+            logs.lease(log, tenure.slot, tenure.token, "released" if reset_workspace else "released as it is")
         slot._finalizer.detach()
 
     def _abandon(self, tenure: Tenure) -> None:
@@ -249,7 +253,8 @@ class SlotPool:
             self._supply.collect_strays()
         for tenure in abandoned:
             if tenure.end():
-                log.warning("%s was dropped without being released; giving it back", tenure.slot)
+                ids = {"slot": tenure.slot, "lease": tenure.lease_id}
+                log.warning("%s, lease %s: dropped without being released; giving it back", *ids.values(), extra=ids)
                 with self._supply.lock:
                     self._supply.counters.slots_abandoned += 1
                 self._supply.give_back(tenure)

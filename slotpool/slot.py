@@ -171,6 +171,11 @@ class Slot:
         return self._tenure.state
 
     @property
+    def lease_id(self) -> str:
+        """What logs, the server's too, call the slot's lease. Nobody can use the lease by it."""
+        return self._tenure.lease_id
+
+    @property
     def network(self) -> bool:
         """Whether the slot can reach the network."""
         return self._tenure.network

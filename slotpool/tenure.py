@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from .errors import LeaseLost
+from .sandbox import logs
 from .slot import SlotState
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class Tenure:
                 return False
             self._end, self._lost = "the slot has been released", False
             return True
+
+    @property
+    def lease_id(self) -> str:
+        """What logs call the lease."""
+        return logs.lease_id(self.token)
 
     @property
     def lost(self) -> bool:

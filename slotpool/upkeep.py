@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Callable
 
 from .background import Background
@@ -17,6 +17,7 @@ from .fleet import Fleet, Member
 from .resizing import CORDON, Resizer
 from .sandbox.protocol import RenewAnswer
 from .supply import Supply
+from .tenure import Tenure
 
 log = logging.getLogger(__name__)
 
@@ -144,14 +145,18 @@ class Upkeep:
         """Its leases are lost."""
         self._supply.remove(container)
         container.client.close()
-        for tenure in container.tenures.values():
-            tenure.lose(f"{tenure.slot} of {container.id} is lost: {why}")
-        counters = self._supply.counters
-        counters.leases_lost += len(container.tenures)
-        counters.containers_lost += not container.cordoned
+        self._lose(list(container.tenures.values()), why)
+        self._supply.counters.containers_lost += not container.cordoned
         container.tenures.clear()
         self._supply.keep_ready(lambda _: True)
         self._supply.refill()
+
+    def _lose(self, tenures: Sequence[Tenure], why: str) -> None:
+        for tenure in tenures:
+            tenure.lose(f"{tenure.slot} of {tenure.container.id} is lost: {why}")
+        self._supply.counters.leases_lost += len(tenures)
+        if tenures and log.isEnabledFor(logging.INFO):
+            self._background.submit(_log_lost, tenures, why)  # as the lock is held
 
     # What the health thread does
 
@@ -209,11 +214,8 @@ class Upkeep:
             self._replace(container.member)
 
     def _renewed(self, container: Container, answer: RenewAnswer) -> None:
-        for token in answer["lost"]:
-            tenure = container.tenures.pop(token, None)
-            if tenure is not None:
-                tenure.lose(f"{tenure.slot} of {container.id} is lost: its server has ended the lease")
-                self._supply.counters.leases_lost += 1
+        lost = [container.tenures.pop(token) for token in answer["lost"] if token in container.tenures]
+        self._lose(lost, "its server has ended the lease")
         if container.told(answer) or answer["lost"]:
             self._supply.changed()
         if answer["lost"]:
@@ -261,3 +263,9 @@ class Upkeep:
         with self._supply.lock:
             self._admitting.discard(member.id)
         self.sync()
+
+
+def _log_lost(tenures: Sequence[Tenure], why: str) -> None:
+    for tenure in tenures:
+        ids = {"slot": tenure.slot, "lease": tenure.lease_id}
+        log.info("%s, lease %s: lost in %s: %s", *ids.values(), tenure.container.id, why, extra=ids)

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from ..sandbox.serve import ServeConfig, serve
     from ..sandbox.tenancies import HostConfig
 
-    logging.getLogger("slotpool").setLevel(logging.INFO)
+    if args.verbose < 2:
+        logging.getLogger("slotpool").setLevel(logging.INFO)
     # The same bounds as a pool's, and the same messages.
     checked = SlotPoolConfig(
         backend="local",

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Callable, TypeVar
 
 from ..errors import ContainerLost, ContainerRefused, FileError, SlotBroken, SlotError, SlotPoolError
-from . import protocol
+from . import logs, protocol
 from .protocol import LEASE_HEADER, CallRequest, LeaseAnswer, RenewAnswer, Result
 from .transport import Broken, Cut, NotSent, Transport
 
@@ -116,31 +116,36 @@ class SandboxClient:
         return self._execute(slot, lease, tool, args, timeout, execution_id or new_execution_id())
 
     def _execute(self, slot: str, lease: str, tool: str, args: Mapping[str, Any], timeout: float, execution_id: str) -> Result:
-        call = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
+        request = {"execution_id": execution_id, "tool": tool, "args": args, "timeout": timeout}
+        call = {**request, "slot": slot, "lease": lease}
         path, headers = f"/v1/slots/{slot}/execute", {LEASE_HEADER: lease}
         begun = time.monotonic()
         deadline = begun + timeout + _ENDING + _SLACK
         pause: _Pause | None = None
+        logs.execution(log, call, None, self.address)
 
         def ask() -> tuple[int, Any]:
             left = deadline - _SLACK - time.monotonic()
-            call["wait"] = wait = _HOLD if left > _HOLD else max(0.0, left)
-            return self._http.json("POST", path, call, wait + _SLACK, headers)
+            request["wait"] = wait = _HOLD if left > _HOLD else max(0.0, left)
+            return self._http.json("POST", path, request, wait + _SLACK, headers)
 
         try:
             while True:
                 status, body, repeated = self._repeat(ask)
                 if status != 202:
                     result: Any = self._dict((status, body, repeated))
+                    logs.execution(log, call, result, self.address)
                     return result  # type: ignore[no-any-return]
                 if time.monotonic() > deadline:
                     raise self._lost(f"the command should have ended {_ENDING + _SLACK:.0f} s ago", True)
                 pause = pause or _Pause(begun)
                 pause()
-        except SlotPoolError:
+        except SlotPoolError as e:
+            logs.execution(log, call, e, self.address)
             raise
-        except BaseException:  # an interrupt, or what a signal's handler raises
+        except BaseException as e:  # an interrupt, or what a signal's handler raises
             self.cancel_quietly(slot, lease, execution_id)
+            logs.execution(log, call, e, self.address)
             raise
 
     def batch(self, calls: Sequence[CallRequest], cancelled: threading.Event | None = None) -> list[object]:
@@ -155,8 +160,10 @@ class SandboxClient:
             return self.batch(calls[:_MOST_CALLS], cancelled) + self.batch(calls[_MOST_CALLS:], cancelled)
         retries = [_RETRIES] * len(calls)
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
-        found: list[object] = [None] * len(calls)
+        found: list[Any] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
+        for call in calls:
+            logs.execution(log, call, None, self.address)
 
         pause = _Pause(time.monotonic())
 
@@ -176,8 +183,10 @@ class SandboxClient:
                         failure = found[i] = protocol.to_exception(0, answer, repeated)
                         if answer["error"].get("code") == "slot_broken" and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
+                            logs.execution(log, calls[i], failure, self.address)
                             calls[i]["execution_id"] = new_execution_id()
                             if cancelled is None or not cancelled.is_set():
+                                logs.execution(log, calls[i], None, self.address)
                                 found[i] = None
                                 anew = True
                                 deadline = max(deadline, time.monotonic() + calls[i]["timeout"] + _ENDING + _SLACK)
@@ -191,10 +200,13 @@ class SandboxClient:
                 found[i] = e
                 if time.monotonic() > deadline:
                     self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
-        except BaseException:
+        except BaseException as e:
             for i in open_:
                 self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
+                logs.execution(log, calls[i], e, self.address)
             raise
+        for call, end in zip(calls, found):
+            logs.execution(log, call, end, self.address)
         return found
 
     def cancel_quietly(self, slot: str, lease: str, execution_id: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Callable
 
 from .._version import __version__
 from ..errors import SandboxStartFailed
-from . import protocol, tools, zygote
+from . import logs, protocol, tools, zygote
 from .capture import Driver, Job
 from .leases import Lease, LeaseTable
 from .protocol import CallRequest, RequestFailed
@@ -140,12 +140,12 @@ class Host:
         deadline = time.monotonic() + wait
         with self._lock:
             self._refuse_if_closing()
+            given_back = self._table.held(release)
             to_clean = self._table.release(release)
-            released = len(to_clean)
             # If it has to wait for one of them anyway, it cleans that itself: handing it over would cost two wake-ups.
             own = to_clean.pop() if to_clean and take and wait and not self._table.has_free() else None
             self._cleaning += own is not None
-        self.tally.leases(released=released)
+        self._given_back(given_back)
         self._clean(to_clean)
         if own is not None:
             self._make_ready(own)
@@ -163,7 +163,15 @@ class Host:
             self.tally.leases(granted=len(leases))
             self._changed.notify_all()  # the reaper has a new expiry to wait for
             described = [self._describe(lease) for lease in leases]
-            return {"boot_id": self.boot_id, "leases": described, "leased": self._table.leased()}
+            leased = self._table.leased()
+        for lease in leases:
+            logs.lease(log, lease.slot, lease.token, "granted to %s for %g s", owner, ttl)
+        return {"boot_id": self.boot_id, "leases": described, "leased": leased}
+
+    def _given_back(self, leases: Sequence[Lease]) -> None:
+        self.tally.leases(released=len(leases))
+        for lease in leases:
+            logs.lease(log, lease.slot, lease.token, "given back")
 
     def _describe(self, lease: Lease) -> protocol.Lease:
         setting = self._tenancies[lease.slot].setting
@@ -192,11 +200,12 @@ class Host:
         """Give leases back, then grant none for ``ttl`` seconds; False, if others are held."""
         with self._lock:
             self._refuse_if_closing()
+            given_back = self._table.held(release)
             to_clean = self._table.release(release)
             now = time.monotonic()
             done = self._table.cordon(owner, now + ttl, now)
             self._changed.notify_all()
-        self.tally.leases(released=len(to_clean))
+        self._given_back(given_back)
         self._clean(to_clean)
         return done
 
@@ -206,12 +215,14 @@ class Host:
                 if self._closing:
                     return
                 now = time.monotonic()
+                overdue = self._table.overdue(now)
                 expired = self._table.expire(now)
                 if not expired:
                     following = self._table.next_expiry()
                     self._changed.wait(None if following is None else max(0.0, following - now))
-            for slot in expired:
-                log.warning("the lease of %s has expired", slot, extra={"slot": slot})
+            for lease in overdue:
+                ids = {"slot": lease.slot, "lease": logs.lease_id(lease.token)}
+                log.warning("%s, lease %s: expired, as %s was not heard of", *ids.values(), lease.owner, extra=ids)
             self.tally.leases(expired=len(expired))
             self._clean(expired)
 

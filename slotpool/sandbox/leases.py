@@ -85,13 +85,21 @@ class LeaseTable:
                 lost.append(token)
         return lost
 
+    def held(self, tokens: Iterable[str]) -> list[Lease]:
+        """The leases of those tokens, but for tokens that aren't held."""
+        return [lease for lease in (self._by_token.get(token) for token in tokens) if lease is not None]
+
     def release(self, tokens: Iterable[str]) -> list[str]:
         """End those leases; the slots to be cleaned. Tokens that aren't held are passed over."""
         return [self._end(lease) for lease in (self._by_token.get(token) for token in tokens) if lease is not None]
 
+    def overdue(self, now: float) -> list[Lease]:
+        """The leases whose time is up."""
+        return [lease for lease in self._by_token.values() if lease.expires <= now]
+
     def expire(self, now: float) -> list[str]:
         """End the leases whose time is up; the slots to be cleaned."""
-        return [self._end(lease) for lease in list(self._by_token.values()) if lease.expires <= now]
+        return [self._end(lease) for lease in self.overdue(now)]
 
     def next_expiry(self) -> float | None:
         """When the next lease expires, if nothing renews it; None if there is none."""

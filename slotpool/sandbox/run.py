@@ -9,7 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Union
 
-from . import tools
+from . import logs, tools
 from .capture import Job, Outcome
 from .executions import Execution
 from .protocol import CallRequest, RequestFailed, Result
@@ -55,6 +55,7 @@ class Run:
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
             return
+        logs.execution(log, call, None)
         try:
             self.job = self._host.start(tenancy, self._tool, call["timeout"], self._finish)
         except Exception as e:
@@ -63,6 +64,7 @@ class Run:
             self._execution.failure = e if isinstance(e, RequestFailed) else _internal(e)
             self._host.tally.execution_began()
             self._host.tally.execution_ended(call["tool"], None)
+            logs.execution(log, call, self._execution.failure.body["code"])
             tenancy.executions.finish(call["execution_id"], self._execution)
             return
         self._host.tally.execution_began()
@@ -81,11 +83,13 @@ class Run:
             self._execution.failure = _internal(e)
         self._answer = self._execution.result or self._execution.failure
         self._host.tally.execution_ended(self._call["tool"], self._execution.result)
+        logs.execution(log, self._call, self._answer.body["code"] if isinstance(self._answer, RequestFailed) else self._answer)
         self._tenancy.executions.finish(self._call["execution_id"], self._execution)
 
     def _ids(self) -> dict[str, str]:
         """What tells log records of this execution from others'."""
-        return {"slot": self._call["slot"], "execution_id": self._call["execution_id"]}
+        call = self._call
+        return {"slot": call["slot"], "lease": logs.lease_id(call["lease"]), "execution_id": call["execution_id"]}
 
     def _result(self, outcome: Outcome, restarted: bool) -> Result:
         error = ""
