@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import __version__
@@ -26,6 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _warn(message: object, *_: object, **__: object) -> None:
+    print(f"slotpool: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The entry point; ends by ``SystemExit``."""
     args = _parser().parse_args(argv)
@@ -33,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.verbose > 1:
         logging.getLogger("slotpool").setLevel(logging.DEBUG)
     try:
-        sys.exit(args.run(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            sys.exit(args.run(args))
     except SlotPoolError as e:
         print(f"slotpool: {e}", file=sys.stderr)
         sys.exit(FAILED)

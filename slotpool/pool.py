@@ -11,6 +11,7 @@ import queue
 import secrets
 import socket
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from .health import HealthThread
 from .mapping import Item, MapResults, Value
 from .preparing import Steps, prepare, steps_of
 from .sandbox import logs
+from .security import warn_of
 from .slot import ExecutionResult, Slot, SlotState
 from .supply import Supply
 from .tenure import Tenure
@@ -47,6 +49,10 @@ class SlotPool:
 
     A process that is forked from the pool's may not use the pool or its slots; it should make a pool of its own.
 
+    A :class:`.security.SecurityWarning` is given for ``isolation="none"``, and for a token that would go unencrypted over a
+    network: to ``servers`` or a ``nomad_address`` with ``http`` that aren't on this machine. A started pool that is
+    collected without having been stopped ends what it has, after a :class:`ResourceWarning`.
+
     :param config: the settings; or give them as keywords, see :class:`SlotPoolConfig`.
     :raises ConfigError: a setting can't be used.
     """
@@ -57,6 +63,7 @@ class SlotPool:
         if config is not None and not isinstance(config, SlotPoolConfig):
             raise ConfigError("config", "a SlotPoolConfig", shown(config))
         self.config = config if config is not None else SlotPoolConfig.make(settings)
+        warn_of(self.config, stacklevel=2)
         self._pid = os.getpid()
         self._state = "new"  # then started, then stopped; guarded by the supply's lock
         self._fleet = _fleet_of(self.config)
@@ -133,6 +140,12 @@ class SlotPool:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def __del__(self) -> None:
+        # The health thread does the work: this may be called amid anything, so it may take no lock.
+        if self.__dict__.get("_state") == "started" and os.getpid() == self._pid:
+            message = f"a {self.config.backend} SlotPool was not stopped; use it in a with block, or call stop()"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def _require_started(self) -> None:
         if os.getpid() != self._pid:

@@ -158,6 +158,7 @@ def test_network_is_off_unless_asked_for(pool: SlotPool) -> None:
         assert not s.network
 
 
+@pytest.mark.filterwarnings("ignore::slotpool.security.SecurityWarning")
 def test_a_wish_that_the_isolation_cannot_grant_is_an_error() -> None:
     with SlotPool(slots_per_container=1, max_containers=1, isolation="none") as pool:
         with pytest.raises(InvalidRequest) as error:

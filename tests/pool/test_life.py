@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
@@ -279,8 +278,10 @@ def _no_more_processes(fleet: LocalFleet, wanted: int) -> None:
 def test_a_pool_that_is_dropped_without_being_stopped_ends_its_servers() -> None:
     pool = SlotPool(slots_per_container=1, health_check_interval=0.1).start()
     assert servers()
+    pools = [pool]
     del pool
-    gc.collect()
+    with pytest.warns(ResourceWarning, match="stop"):
+        pools.clear()
     assert wait_until(lambda: not servers(), 20)
 
 

@@ -98,6 +98,7 @@ def test_a_stopped_zygote_does_not_hold_up_a_file(start_server: StartServer) -> 
     assert server.client.read_file(lease["slot"], lease["token"], "f") == b"text"
 
 
+@pytest.mark.filterwarnings("ignore::slotpool.security.SecurityWarning")
 def test_a_container_whose_slots_cannot_be_cleaned_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can make a file that root can't remove")

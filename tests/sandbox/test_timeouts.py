@@ -59,6 +59,7 @@ def test_another_slots_call_is_left_alone(start_server: StartServer) -> None:
     assert [result["stdout"] for result in results] == ["fine\n"]
 
 
+@pytest.mark.filterwarnings("ignore::slotpool.security.SecurityWarning")
 def test_a_server_inside_a_slot_outlives_a_time_out() -> None:
     inner = (
         "from slotpool import SlotPool\n"
