@@ -420,6 +420,11 @@ class SlotPool:
                 **supply.counters.as_dict(),
             }
 
+    def _repr_html_(self) -> str:
+        from .html import of_pool  # needed in notebooks alone
+
+        return of_pool(self)
+
     def __repr__(self) -> str:
         return f"<SlotPool {self.config.backend}, {self._state}, {self.acquired_slots} of {self.total_slots} slots acquired>"
 

@@ -101,6 +101,11 @@ class ExecutionResult:
         fields = attr.asdict(self, filter=lambda field, _: not field.name.startswith("_"))
         return {**fields, "output": self.output, "truncated": self.truncated}
 
+    def _repr_html_(self) -> str:
+        from .html import of_result  # needed in notebooks alone
+
+        return of_result(self)
+
     @classmethod
     def of(cls, result: Result, slot_id: str) -> ExecutionResult:
         """From a server's answer."""
@@ -277,6 +282,11 @@ class Slot:
             "trajectory_id": self.trajectory_id,
             "metadata": self.metadata,
         }
+
+    def _repr_html_(self) -> str:
+        from .html import of_slot  # needed in notebooks alone
+
+        return of_slot(self)
 
     def __repr__(self) -> str:
         return f"<Slot {self.slot_id} of {self.alloc_id}, {self.state.value}>"
