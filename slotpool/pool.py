@@ -28,6 +28,7 @@ from .fleet.static import StaticFleet
 from .health import HealthThread
 from .mapping import Item, MapResults, Value
 from .preparing import Steps, prepare, steps_of
+from .progress import waiting
 from .sandbox import logs
 from .security import warn_of
 from .slot import ExecutionResult, Slot, SlotState
@@ -83,7 +84,8 @@ class SlotPool:
     # Life
 
     def start(self) -> SlotPool:
-        """Start the fleet and wait for ``min_containers``; a no-op if it is started.
+        """Start the fleet and wait for ``min_containers``; a no-op if it is started. If that takes more than a moment, a
+        line says so at terminals and in notebooks.
 
         :raises IsolationUnavailable, StartFailed: what was started is ended again.
         :raises PoolClosed: it was stopped; make a new one.
@@ -97,11 +99,18 @@ class SlotPool:
         _open_pools.add(self)
         try:
             self._health.start()
-            self._upkeep.start()
+            with waiting(self._arrivals):
+                self._upkeep.start()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _arrivals(self) -> str:
+        with self._supply.lock:
+            count = len(self._supply.containers)
+        told = self._fleet.describe().replace("\n", "; ")
+        return f"starting containers: {count} of {max(1, self.config.min_containers)} ({told})"
 
     def stop(self, purge_job: bool = False) -> None:
         """End everything: waiters get :class:`PoolClosed`, held slots are lost, leases are given back, local servers ended.
