@@ -54,3 +54,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """For ``%load_ext slotpool``, which gives a notebook ``%%slot``."""
+    from .notebook import load
+
+    load(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """For ``%unload_ext slotpool``."""
+    from .notebook import unload
+
+    unload(ipython)

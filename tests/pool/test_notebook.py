@@ -1,0 +1,122 @@
+"""``%%slot`` and what shows while a pool starts, in a real Jupyter kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+from notebooks import Notebook, text_of
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
+    """One for all tests here, with a pool of two slots. Each test has cells and variables of its own."""
+    with Notebook().running(tmp_path_factory.mktemp("kernel")) as notebook:
+        notebook.run("import os, signal, subprocess, time\nfrom slotpool import SlotPool\n%load_ext slotpool")
+        notebook.run("pool = SlotPool(slots_per_container=2, max_containers=1).start()")
+        yield notebook
+        assert text_of(notebook.run("pool.stop()\n%unload_ext slotpool")) == ""
+
+
+def test_a_cell_runs_in_a_slot_that_is_kept(notebook: Notebook) -> None:
+    (shown,) = notebook.run("%%slot pool --new\necho kept > file; echo '<b>bold</b>'; echo err >&2; exit 3")
+    page = shown.data["text/html"]
+    assert "exit code 3" in page
+    assert "&lt;b&gt;bold&lt;/b&gt;" in page
+    assert "<b>bold" not in page
+    assert page.index("stdout") < page.index("bold") < page.index("stderr") < page.index("err\n")
+    assert notebook.run("%%slot pool --out kept\ncat file") == []
+    assert text_of(notebook.run("print(kept.stdout, kept.exit_code, pool.acquired_slots)")) == "kept\n 0 1\n"
+    assert text_of(notebook.run("s = %slot pool\nprint(s.read_file('file'))")) == "kept\n\n"
+    notebook.run("%%slot pool --new --out clean\nls -A")
+    assert text_of(notebook.run("print(repr(clean.stdout), pool.acquired_slots)")) == "'' 1\n"
+
+
+def test_a_cell_runs_in_the_slot_that_it_is_given(notebook: Notebook) -> None:
+    notebook.run("mine = pool.acquire(timeout=30)\nmine.write_file('whose', 'mine')")
+    notebook.run("%%slot mine --out whose\ncat whose")
+    assert text_of(notebook.run("print(whose.stdout)\nmine.release()")) == "mine\n"
+    (lost,) = notebook.run("%%slot mine\ncat whose")
+    assert lost.ename == "LeaseLost"
+
+
+def test_options_are_checked(notebook: Notebook) -> None:
+    notebook.run("some = pool.acquire(timeout=30)\n%slot pool --new --no-network")
+    for line, said in (
+        ("nothing", "UsageError: expected a variable with a SlotPool or a Slot, got nothing, which is None"),
+        ("some --new", "UsageError: --new, --network: expected a pool"),
+        ("pool --network", "UsageError: --network: the slot that is kept has no network"),
+        ("pool --out a.b", "UsageError: --out: expected a variable's name, got 'a.b'"),
+        ("pool --timeout -1", "InvalidRequest: timeout: "),
+        ("pool --check", "CommandFailed: the command exited with 4: oops"),
+    ):
+        assert said in text_of(notebook.run(f"%%slot {line}\necho oops >&2; exit 4")), line
+    notebook.run("some.release()")
+    (shown,) = notebook.run("%%slot pool --timeout 0.2\nsleep 100")
+    assert "timed out" in shown.data["text/html"]
+
+
+def test_interrupting_the_kernel_ends_the_command_and_keeps_the_slot(notebook: Notebook) -> None:
+    notebook.run("%%slot pool --new --out _\ntouch file")
+
+    def interrupt() -> None:
+        asleep = ["pgrep", "-f", "^sleep 1021$"]
+        assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).returncode == 0, 30)
+        notebook.interrupt()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    (error,) = notebook.run("%%slot pool --timeout 2000\nsleep 1021")
+    thread.join()
+    assert error.ename == "KeyboardInterrupt"
+    notebook.run("%%slot pool --out after\nls; pgrep -c sleep")
+    assert text_of(notebook.run("print(after.stdout)")) == "file\n0\n\n"
+
+
+def test_a_lost_slot_is_told_of_before_another_takes_its_place(notebook: Notebook) -> None:
+    notebook.run("brief = SlotPool(slots_per_container=1, max_containers=1, health_check_interval=0.1).start()")
+    notebook.run("%%slot brief --out first\ntouch file")
+    notebook.run(
+        "command = ['pgrep', '-P', str(os.getpid()), '-f', '[s]lotpool.sandbox']\n"
+        "server = subprocess.run(command, capture_output=True, text=True).stdout.split()[-1]\n"
+        "os.kill(int(server), signal.SIGKILL)\n"
+        "while brief.get_stats()['leases_lost'] == 0: time.sleep(0.01)\n"
+    )
+    (lost,) = notebook.run("%%slot brief\nls")
+    assert lost.ename == "LeaseLost"
+    notebook.run("%%slot brief --out again\nls")
+    assert text_of(notebook.run("print(repr(again.stdout), first.exit_code)\nbrief.stop()")) == "'' 0\n"
+
+
+def test_a_line_is_shown_while_containers_start(notebook: Notebook, tmp_path: Path) -> None:
+    # What holds the server up: its Python runs this before anything else, which waits for a writer.
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nif 'slotpool.sandbox' in sys.orig_argv: open({str(gate)!r}).close()\n"
+    )
+    shown: list[str] = []
+
+    def look() -> str:
+        shown.append(text_of(notebook.outputs()))
+        return shown[-1] if "starting" in shown[-1] else ""
+
+    def let_go() -> None:
+        wait_until(look, 30)
+        gate.open("w").close()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    outputs = notebook.run(
+        "os.environ['PYTHONPATH'] = " + repr(f"{tmp_path}:") + " + os.environ['PYTHONPATH']\n"
+        "with SlotPool(slots_per_container=1, max_containers=1) as late:\n    print('started')\n"
+        "os.environ['PYTHONPATH'] = os.environ['PYTHONPATH'].partition(':')[2]"
+    )
+    thread.join()
+    assert "starting containers: 0 of 1 (0 local server(s) ready, 1 starting); " in shown[-1]
+    assert text_of(outputs) == "\nstarted\n"  # and it is gone
