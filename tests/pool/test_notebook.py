@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from conftest import PACKAGE, wait_until
 from notebooks import Notebook, text_of
 
 
@@ -17,7 +19,7 @@ from notebooks import Notebook, text_of
 def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebook]:
     """One for all tests here, with a pool of two slots. Each test has cells and variables of its own."""
     with Notebook().running(tmp_path_factory.mktemp("kernel")) as notebook:
-        notebook.run("import os, signal, subprocess, time\nfrom slotpool import SlotPool\n%load_ext slotpool")
+        notebook.run("import os\nfrom slotpool import SlotPool\n%load_ext slotpool")
         notebook.run("pool = SlotPool(slots_per_container=2, max_containers=1).start()")
         yield notebook
         assert text_of(notebook.run("pool.stop()\n%unload_ext slotpool")) == ""
@@ -79,27 +81,51 @@ def test_interrupting_the_kernel_ends_the_command_and_keeps_the_slot(notebook: N
 
 
 def test_a_lost_slot_is_told_of_before_another_takes_its_place(notebook: Notebook) -> None:
-    notebook.run("brief = SlotPool(slots_per_container=1, max_containers=1, health_check_interval=0.1).start()")
-    notebook.run("%%slot brief --out first\ntouch file")
-    notebook.run(
-        "command = ['pgrep', '-P', str(os.getpid()), '-f', '[s]lotpool.sandbox']\n"
-        "server = subprocess.run(command, capture_output=True, text=True).stdout.split()[-1]\n"
-        "os.kill(int(server), signal.SIGKILL)\n"
-        "while brief.get_stats()['leases_lost'] == 0: time.sleep(0.01)\n"
-    )
-    (lost,) = notebook.run("%%slot brief\nls")
+    notebook.run("losing = %slot pool --new\nlosing.write_file('file', '')")
+    ended = notebook.run("for c in pool._supply.containers.values(): c.client.lease('x', 30, 0, [losing._tenure.token])")
+    assert ended == []
+    (lost,) = notebook.run("%%slot pool\nls")
     assert lost.ename == "LeaseLost"
-    notebook.run("%%slot brief --out again\nls")
-    assert text_of(notebook.run("print(repr(again.stdout), first.exit_code)\nbrief.stop()")) == "'' 0\n"
+    notebook.run("%%slot pool --out again\nls")
+    assert text_of(notebook.run("print(repr(again.stdout), again.exit_code)")) == "'' 0\n"
 
 
-def test_a_line_is_shown_while_containers_start(notebook: Notebook, tmp_path: Path) -> None:
-    # What holds the server up: its Python runs this before anything else, which waits for a writer.
-    gate = tmp_path / "gate"
+def hold_up_servers(directory: Path) -> Path:
+    """Have a server that is started with ``directory`` on its PYTHONPATH wait until somebody writes to what is returned."""
+    gate = directory / "gate"
     os.mkfifo(gate)
-    (tmp_path / "sitecustomize.py").write_text(
+    (directory / "sitecustomize.py").write_text(  # which Python runs before anything else
         f"import sys\nif 'slotpool.sandbox' in sys.orig_argv: open({str(gate)!r}).close()\n"
     )
+    return gate
+
+
+def test_a_line_is_shown_at_a_terminal_while_containers_start(tmp_path: Path) -> None:
+    gate = hold_up_servers(tmp_path)
+    script = "from slotpool import SlotPool\nwith SlotPool(slots_per_container=1, max_containers=1): print('started')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE}", "COLUMNS": "40"}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=theirs, stderr=theirs, env=environment, cwd="/") as process:
+        os.close(theirs)
+        shown = b""
+        while b"\x1b[K" not in shown:
+            shown += os.read(ours, 65536)
+        gate.open("w").close()
+        try:
+            while more := os.read(ours, 65536):
+                shown += more
+        except OSError:  # the other end is closed
+            pass
+        assert process.wait(60) == 0
+    os.close(ours)
+    before, *lines, after = shown.split(b"\x1b[K")
+    assert before == b"\rstarting containers: 0 of 1 (0 local se"  # cut to the terminal's width
+    assert all(line.startswith(b"\r") for line in lines)
+    assert (lines[-1], after) == (b"\r", b"started\r\n")
+
+
+def test_a_line_is_shown_in_a_notebook_while_containers_start(notebook: Notebook, tmp_path: Path) -> None:
+    gate = hold_up_servers(tmp_path)
     shown: list[str] = []
 
     def look() -> str:
