@@ -49,7 +49,7 @@ class Row:
 
 @attr.s(slots=True, auto_attribs=True, frozen=True, kw_only=True)
 class Look:
-    """What there was at ``at``, in seconds on the monotonic clock, and what is said beneath."""
+    """What there was at ``at``, in seconds on the monotonic clock, and what is said above the table."""
 
     at: float
     rows: Sequence[Row]
@@ -86,14 +86,17 @@ def of_pool(view: PoolView) -> Look:
 
 
 def table(now: Look, before: Look | None) -> Table:
-    """A row a container, and a total; rates are differences from ``before``."""
-    found = Table(caption=now.footer or None, expand=False)
+    """A total, which must be seen however many there are, and a row a container; rates are differences from ``before``."""
+    found = Table(title=now.footer or None, title_justify="left", expand=False)
     for heading in ("container", "address", "isolation", "slots"):
         found.add_column(heading, overflow="fold")
     for heading in ("executing", "leases/s", "commands/s"):
         found.add_column(heading, justify="right")
     earlier = {row.id: row for row in before.rows} if before is not None else {}
     seconds = now.at - before.at if before is not None else 0.0
+    rates = [_rate(getattr(now, name), getattr(before, name, None), seconds) for name in ("leases", "commands")]
+    executing = str(sum(row.executing for row in now.rows))
+    found.add_row("total", f"{len(now.rows)} containers", "", _legend(now.rows), executing, *rates, end_section=True)
     for row in now.rows:
         # Text, as what servers say of themselves isn't markup.
         cells = [Text(row.id), Text(row.address), Text(row.isolation)]
@@ -103,12 +106,17 @@ def table(now: Look, before: Look | None) -> Table:
         old = earlier.get(row.id)
         rates = [_rate(getattr(row, name), getattr(old, name, None), seconds) for name in ("leases", "commands")]
         found.add_row(*cells, _bar(row.slots), str(row.executing), *rates)
-    totals = {state: sum(row.slots.get(state, 0) for row in now.rows) for state in STATES}
-    said = ", ".join(f"{count} {state}" for state, count in totals.items() if count)
-    rates = [_rate(getattr(now, name), getattr(before, name, None), seconds) for name in ("leases", "commands")]
-    found.add_section()
-    found.add_row("total", f"{len(now.rows)} containers", "", said, str(sum(row.executing for row in now.rows)), *rates)
     return found
+
+
+def _legend(rows: Sequence[Row]) -> Text:
+    said = Text()
+    for state, (mark, style) in STATES.items():
+        count = sum(row.slots.get(state, 0) for row in rows)
+        if count:
+            said.append(f"{mark} ", style).append(f"{count} {state}  ")
+    said.rstrip()
+    return said
 
 
 def _bar(slots: Mapping[str, int]) -> Text:

@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rich.console import Console
+        from rich.console import Console, Group
         from rich.live import Live
 
         from ..top import table
@@ -60,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
             console.print(table(now, None))
             return 0
         try:
-            with _single_keys(), Live(table(now, None), console=console, auto_refresh=False, screen=True) as live:
+            how = "[dim]q quits[/dim]"
+            with _single_keys(), Live(Group(how, table(now, None)), console=console, auto_refresh=False, screen=True) as live:
                 live.refresh()
                 while not _quit(args.interval):
                     before, now = now, ask()
-                    live.update(table(now, before), refresh=True)
+                    live.update(Group(how, table(now, before)), refresh=True)
         except KeyboardInterrupt:
             pass
     return 0
