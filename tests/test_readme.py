@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import docutils.core
 import docutils.nodes
 import pytest
+from conftest import servers, wait_until
+from notebooks import Notebook, text_of
 
 from slotpool import SlotPool
 
 README = Path(__file__).resolve().parents[1] / "README.rst"
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, where: str = "") -> list[str]:
+    """:param where: what the code needs: ``jupyter``, ``nomad`` (which has a test beside Nomad's), or nothing."""
     settings = {"report_level": 2, "halt_level": 2, "syntax_highlight": "none"}
     document = docutils.core.publish_doctree(README.read_text(), settings_overrides=settings)
     found = [node for node in document.findall(docutils.nodes.literal_block) if language in node["classes"]]
-    return [node.astext() for node in found if "nomad" not in node["classes"]]  # which has a test beside Nomad's
+    special = {where} & {"jupyter", "nomad"}
+    return [node.astext() for node in found if {"jupyter", "nomad"} & set(node["classes"]) == special]
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: re.sub(r"\W+", "-", code)[:40])
@@ -31,6 +36,22 @@ def test_python_blocks_run(code: str) -> None:
 def test_the_first_block_prints_what_it_should(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(blocks("python")[0], str(README), "exec"), {})
     assert capsys.readouterr().out == "42\na.py\n 0\n"
+
+
+def test_jupyter_blocks_run_in_a_notebook_and_leave_nothing_when_its_kernel_ends(tmp_path: Path) -> None:
+    with Notebook().running(tmp_path) as notebook:
+        shown = [notebook.run(code) for code in blocks("python", "jupyter")]
+        assert [text_of(outputs) for outputs in shown if any(out.output_type == "error" for out in outputs)] == []
+        notebook.run("%%slot\nsleep 1022 & echo")
+        assert any("sleep 1022" in line for line in all_processes())
+    assert "42" in shown[1][-1].data["text/html"]
+    assert "&lt;script&gt;" in shown[-1][-1].data["text/html"]
+    assert wait_until(lambda: not any("sleep 1022" in line for line in all_processes()))
+    assert servers() == []
+
+
+def all_processes() -> list[str]:
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_every_statistic_is_explained(pool: SlotPool) -> None:
