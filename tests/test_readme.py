@@ -42,7 +42,10 @@ def test_jupyter_blocks_run_in_a_notebook_and_leave_nothing_when_its_kernel_ends
     with Notebook().running(tmp_path) as notebook:
         shown = [notebook.run(code) for code in blocks("python", "jupyter")]
         assert [text_of(outputs) for outputs in shown if any(out.output_type == "error" for out in outputs)] == []
-        notebook.run("%%slot\nsleep 1022 & echo")
+        assert len(servers()) == 2
+        assert notebook.run("%unload_ext slotpool") == []
+        assert len(servers()) == 1  # that of its own pool
+        notebook.run("mine.bash('sleep 1022 & echo')")
         assert any("sleep 1022" in line for line in all_processes())
     assert "42" in shown[1][-1].data["text/html"]
     assert "&lt;script&gt;" in shown[-1][-1].data["text/html"]
