@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from . import batch
 from .background import Background
@@ -80,6 +80,12 @@ class SlotPool:
         self._upkeep.later = self._health.call
         # Leases whose slot was collected without a release. A finalizer may run anywhere, so it only puts them here.
         self._abandoned: queue.SimpleQueue[Tenure] = queue.SimpleQueue()
+
+    def __deepcopy__(self, memo: object) -> SlotPool:
+        return self  # so that a copy of what uses a pool, such as how gymnasium notes an environment was made, uses the same
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SlotPool can't be pickled, as no other process can use it; pickle its config, and make a pool there")
 
     # Life
 

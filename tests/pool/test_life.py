@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -226,6 +228,15 @@ def test_a_forked_child_can_neither_use_nor_break_the_pool(pool: SlotPool) -> No
         _, status = os.waitpid(child, 0)
         assert status == 0
         assert s.bash("cat f").stdout == "kept\n"
+
+
+def test_a_pool_is_the_same_in_a_copy_of_what_uses_it_and_can_not_be_sent_elsewhere() -> None:
+    pool = SlotPool()
+    assert copy.deepcopy({"pool": pool})["pool"] is pool
+    for send in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError, match=r"SlotPool can't be pickled, .*; pickle its config"):
+            send(pool)
+    assert pickle.loads(pickle.dumps(pool.config)) == pool.config
 
 
 def test_two_pools_share_a_standing_server(start_server: StartServer) -> None:
