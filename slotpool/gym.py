@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import string
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsFloat
 
 try:
     import gymnasium
 except ImportError as e:
     raise ImportError(f"slotpool.gym needs gymnasium ({e}): pip install 'slotpool[gym]'", name=e.name) from e
-from gymnasium.error import InvalidAction, ResetNeeded
+from gymnasium.error import CustomSpaceError, InvalidAction, ResetNeeded
 
-from .errors import ContainerLost, ContainerRefused, InvalidRequest, LeaseLost, SetupFailed, SlotBroken, SlotPoolError, shown
+from .config import SlotPoolConfig
+from .errors import InvalidRequest, SetupFailed, SlotBroken, SlotError, SlotPoolError, shown
 from .pool import SlotPool
 from .slot import ExecutionResult
 
@@ -23,14 +25,16 @@ if TYPE_CHECKING:
     from .preparing import Steps
     from .slot import Slot
 
+log = logging.getLogger(__name__)
+
 _TRIES = 3  # slots that one reset takes, when they are lost amid the set-up
-_LOST = (ContainerLost, LeaseLost, ContainerRefused)
 
 
 class AnyText(gymnasium.spaces.Text):
     """Every ``str`` of at most ``max_length`` characters. It samples from printable ASCII, without line breaks.
 
-    It can't be flattened to numbers, as ``Text`` can: that needs a list of all characters.
+    It can't be flattened to numbers, as ``Text`` can: that needs a list of all characters. So ``AsyncVectorEnv`` needs
+    ``shared_memory=False``.
 
     :param max_length: characters.
     :param seed: for sampling.
@@ -54,15 +58,23 @@ class AnyText(gymnasium.spaces.Text):
         return f"AnyText({self.max_length})"
 
 
+@gymnasium.vector.utils.create_shared_memory.register(AnyText)
+@gymnasium.spaces.utils.flatten_space.register(AnyText)
+def _refuse_numbers(space: AnyText, *_: Any, **__: Any) -> NoReturn:
+    # What is there for Text fails with the first character that is not in its list, a line break say.
+    raise CustomSpaceError(f"{space} can't be made numbers of; AsyncVectorEnv takes it with shared_memory=False")
+
+
 class SlotEnv(gymnasium.Env[str, str]):
     """Episodes in slots of a pool: each begins in a clean one, and each step runs its action as a bash command there.
 
     Works as it is, with reward 0; for a task, override :meth:`set_up`, :meth:`observe`, :meth:`reward` and :meth:`is_done`.
 
     Not thread-safe: one thread at a time. The pool is, so any number of environments may run in threads of their own on one
-    pool. In another process (``AsyncVectorEnv``) the environment needs a pool that was made there.
+    pool. A pool can't be used in another process, so what is made there (``AsyncVectorEnv``) takes the settings of one.
 
-    :param pool: a started pool. Closing the environment does not stop it.
+    :param pool: a started pool, which closing the environment does not stop; or the settings of a pool of its own, which
+        ``reset`` starts and ``close`` stops.
     :param setup: as for :meth:`.SlotPool.acquire`, carried out in each clean slot before :meth:`set_up`. Default none.
     :param network: as for :meth:`.SlotPool.acquire`.
     :param acquire_timeout: seconds that ``reset`` waits for a slot; default the pool's ``acquire_timeout``.
@@ -75,15 +87,19 @@ class SlotEnv(gymnasium.Env[str, str]):
     :param max_length: characters of an observation. Of a longer one, head and tail are kept, with a line between them that
         says how much was left out.
     :param max_action_length: characters of an action.
+    :param render_mode: ``"ansi"`` makes :meth:`render` give text.
     :raises InvalidRequest: an argument can't be used.
     """
+
+    # The second is asked for wherever something can be rendered, though text has none.
+    metadata = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012  # an instance's, says the base class
 
     observation_space: AnyText
     action_space: AnyText
 
     def __init__(
         self,
-        pool: SlotPool,
+        pool: SlotPool | SlotPoolConfig,
         *,
         setup: Steps | None = None,
         network: bool | None = None,
@@ -93,19 +109,25 @@ class SlotEnv(gymnasium.Env[str, str]):
         max_seconds: float | None = None,
         max_length: int = 100_000,
         max_action_length: int = 100_000,
+        render_mode: str | None = None,
     ) -> None:
-        if not isinstance(pool, SlotPool):
-            raise InvalidRequest("pool", "a SlotPool", shown(pool))
-        for name, limit in {"max_steps": max_steps, "max_length": max_length, "max_action_length": max_action_length}.items():
-            if (limit is None and name != "max_steps") or not _is_positive(limit, int):
-                raise InvalidRequest(name, "an integer, at least 1", shown(limit))
-        if not _is_positive(max_seconds, (int, float)):
-            raise InvalidRequest("max_seconds", "a number of seconds above 0, or None", shown(max_seconds))
+        if not isinstance(pool, (SlotPool, SlotPoolConfig)):
+            raise InvalidRequest("pool", "a SlotPool or a SlotPoolConfig", shown(pool))
+        _check_count("max_steps", 1 if max_steps is None else max_steps)
+        _check_count("max_length", max_length)
+        _check_count("max_action_length", max_action_length)
+        _check_seconds("command_timeout", command_timeout, 86_400)
+        _check_seconds("max_seconds", max_seconds, float("inf"))
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise InvalidRequest("render_mode", f"None or one of {self.metadata['render_modes']}", shown(render_mode))
         self.observation_space = AnyText(max_length)
         self.action_space = AnyText(max_action_length)
-        self.pool = pool
-        self._wanted = {"setup": setup, "network": network, "timeout": acquire_timeout}
-        self._command_timeout = pool._timeout(command_timeout)
+        self.render_mode = render_mode
+        self._pool = pool if isinstance(pool, SlotPool) else None
+        self._own = pool if isinstance(pool, SlotPoolConfig) else None  # the settings of the environment's own pool
+        self._wanted: dict[str, Any] = {"setup": setup, "network": network, "timeout": acquire_timeout}
+        config = pool.config if isinstance(pool, SlotPool) else pool
+        self._command_timeout = config.command_timeout if command_timeout is None else command_timeout
         self._max_steps = max_steps
         self._max_seconds = max_seconds
         self._max_length = max_length
@@ -113,6 +135,7 @@ class SlotEnv(gymnasium.Env[str, str]):
         self._steps = 0
         self._deadline = float("inf")  # on the monotonic clock
         self._ended = "the environment is new"  # why a step can't be taken; empty amid an episode
+        self._frame = ""
 
     # What a task overrides
 
@@ -147,6 +170,16 @@ class SlotEnv(gymnasium.Env[str, str]):
     # What gymnasium calls
 
     @property
+    def pool(self) -> SlotPool:
+        """The pool that slots are taken from.
+
+        :raises gymnasium.error.ResetNeeded: it is the environment's own, and not there.
+        """
+        if self._pool is None:
+            raise ResetNeeded("expected an environment that has a pool, got one without; call reset() first")
+        return self._pool
+
+    @property
     def slot(self) -> Slot:
         """The slot of the episode. It stays as it is after the episode's end, unless it was lost, until the next ``reset``.
 
@@ -157,7 +190,7 @@ class SlotEnv(gymnasium.Env[str, str]):
         return self._slot
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Begin an episode in a clean slot: the one that is held, or a new one if there is none or it was lost.
+        """Give the slot back, if there is one, and begin an episode in a clean one.
 
         Safe to call again if it fails. After :meth:`close` it begins anew.
 
@@ -165,33 +198,38 @@ class SlotEnv(gymnasium.Env[str, str]):
         :param options: handed to :meth:`set_up`.
         :returns: the first observation, and the info: ``steps``, which is 0.
         :raises AcquireTimeout, PoolClosed, SetupFailed: as :meth:`.SlotPool.acquire`.
-        :raises ContainerLost, LeaseLost, ContainerRefused: one slot after the other was lost amid the set-up.
+        :raises StartFailed: as :meth:`.SlotPool.start`, if the pool is the environment's own.
+        :raises SlotError: one slot after the other was lost amid the set-up.
         """
         super().reset(seed=seed)
         self._ended = "its reset() has failed"
+        if self._own is not None and self._pool is None:
+            self._pool = SlotPool(self._own).start()
         random_state = self.np_random.bit_generator.state
         for tries_left in reversed(range(_TRIES)):
+            self._give_back()
             try:
-                slot = self._clean_slot()
-                first = self.set_up(slot, options or {})
+                self._slot = self.pool.acquire(**self._wanted)
+                first = self.set_up(self._slot, options or {})
                 break
             except SlotPoolError as e:
-                lost = isinstance(e, _LOST) or (isinstance(e, SetupFailed) and isinstance(e.__cause__, _LOST))
-                if lost:
-                    self._give_back()
-                if not lost or not tries_left:
+                is_loss = isinstance(e.__cause__ if isinstance(e, SetupFailed) else e, SlotError)
+                if not is_loss or not tries_left:
                     raise
+                log.warning("a slot was lost amid its set-up, which is begun anew in another: %s", e)
                 self.np_random.bit_generator.state = random_state
         self._steps = 0
         self._deadline = time.monotonic() + (self._max_seconds or float("inf"))
         self._ended = ""
-        return self._text("set_up", "" if first is None else first), {"steps": 0}
+        self._frame = self._text("set_up", "" if first is None else first)
+        return self._frame, {"steps": 0}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Run a bash command in the slot; see :meth:`.Slot.bash`. What it does never raises, a command that is killed, that
         breaks its slot's processes or that can't be run at all included: that is in its result.
 
-        If the slot is lost, the episode is truncated: the observation says why, the reward is 0, the task is not asked.
+        If the slot is lost, or the task's own calls into it fail with a :class:`.SlotError`, the episode is truncated: the
+        observation says why, the reward is 0, the slot is given back.
 
         :returns: observation, reward, terminated, truncated and info: ``result``, the whole :class:`.ExecutionResult`;
             ``steps``, of the episode so far; ``truncated_by`` if truncated: ``max_steps``, ``max_seconds``, or the class and
@@ -211,32 +249,37 @@ class SlotEnv(gymnasium.Env[str, str]):
             is_late = time.monotonic() >= self._deadline
             observation = self._text("observe", self.observe(result))
             reward, terminated = float(self.reward(result)), bool(self.is_done(result))
-        except _LOST as e:
+            if not terminated and (is_late or self._steps == self._max_steps):
+                info["truncated_by"] = "max_seconds" if is_late else "max_steps"
+        except SlotError as e:
             self._give_back()
             info.setdefault("result", ExecutionResult.failed(e, "", slot.slot_id))
             info["truncated_by"] = f"{type(e).__name__}: {e}"
-            self._ended = f"the last one was truncated: {info['truncated_by']}"
-            return self._text("observe", f"[{e}]\n"), 0.0, False, True, info
+            observation, reward, terminated = self._text("observe", f"[{e}]\n"), 0.0, False
+        truncated = "truncated_by" in info
         if terminated:
             self._ended = "the last one has terminated"
-        elif is_late or self._steps == self._max_steps:
-            info["truncated_by"] = "max_seconds" if is_late else "max_steps"
+        elif truncated:
             self._ended = f"the last one was truncated by {info['truncated_by']}"
-        return observation, reward, terminated, "truncated_by" in info, info
+        self._frame = f"$ {action}\n{observation}"
+        return observation, reward, terminated, truncated, info
+
+    def render(self) -> str | None:
+        """The last action, as at a prompt, and what was observed of it; after :meth:`reset` what was first observed.
+
+        None without ``render_mode``.
+        """
+        return None if self.render_mode is None else self._frame
 
     def close(self) -> None:
-        """Give the slot back. Repeatable."""
+        """Give the slot back, and stop the pool if it is the environment's own. Repeatable."""
         self._ended = "the environment is closed"
         self._give_back()
+        if self._own is not None and self._pool is not None:
+            self._pool.stop()
+            self._pool = None
 
     # Inside
-
-    def _clean_slot(self) -> Slot:
-        if self._slot is None:
-            self._slot = self.pool.acquire(**self._wanted)  # type: ignore[arg-type]
-        else:
-            self._slot.reset()
-        return self._slot
 
     def _give_back(self) -> None:
         slot, self._slot = self._slot, None
@@ -258,8 +301,16 @@ class SlotEnv(gymnasium.Env[str, str]):
         return _shortened(text, self._max_length)
 
 
-def _is_positive(value: object, kind: type | tuple[type, ...]) -> bool:
-    return value is None or (isinstance(value, kind) and not isinstance(value, bool) and value > 0)  # type: ignore[operator]
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(name, "an integer, at least 1", shown(value))
+
+
+def _check_seconds(name: str, value: object, most: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.001 <= value <= most:
+        raise InvalidRequest(name, f"a number of seconds from 0.001 to {most:g}, or None", shown(value))
 
 
 def _shortened(text: str, limit: int) -> str:
