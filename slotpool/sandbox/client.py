@@ -144,7 +144,8 @@ class SandboxClient:
             logs.execution(log, call, e, self.address)
             raise
         except BaseException as e:  # an interrupt, or what a signal's handler raises
-            self.cancel_quietly(slot, lease, execution_id)
+            if self.cancel_quietly(slot, lease, execution_id):
+                self._wait_quietly(path, {**request, "wait": _CANCEL_TIMEOUT}, headers)
             logs.execution(log, call, e, self.address)
             raise
 
@@ -201,22 +202,38 @@ class SandboxClient:
                 if time.monotonic() > deadline:
                     self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
         except BaseException as e:
-            for i in open_:
-                self.cancel_quietly(calls[i]["slot"], calls[i]["lease"], calls[i]["execution_id"])
-                logs.execution(log, calls[i], e, self.address)
+            open_calls = [calls[i] for i in open_]
+            known = [one for one in open_calls if self.cancel_quietly(one["slot"], one["lease"], one["execution_id"])]
+            if known:
+                self._wait_quietly("/v1/batch", {"calls": known, "wait": _CANCEL_TIMEOUT})
+            for one in open_calls:
+                logs.execution(log, one, e, self.address)
             raise
         for call, end in zip(calls, found):
             logs.execution(log, call, end, self.address)
         return found
 
-    def cancel_quietly(self, slot: str, lease: str, execution_id: str) -> None:
-        """Kill an execution if it runs. A failure is logged, not raised: the lease's end kills it anyway."""
+    def cancel_quietly(self, slot: str, lease: str, execution_id: str) -> bool:
+        """Kill an execution if it runs, and don't wait for its end; whether the server has been told, and so knows the id.
+
+        A failure is logged, not raised: the lease's end kills it anyway.
+        """
+        path, headers = f"/v1/slots/{slot}/cancel", {LEASE_HEADER: lease}
         try:
-            self._http.json(
-                "POST", f"/v1/slots/{slot}/cancel", {"execution_id": execution_id}, _CANCEL_TIMEOUT, {LEASE_HEADER: lease}
-            )
+            status, _ = self._http.json("POST", path, {"execution_id": execution_id}, _CANCEL_TIMEOUT, headers)
         except (NotSent, Broken) as e:
             log.warning("could not cancel execution %s in %s of %s: %s", execution_id, slot, self.address, e)
+            return False
+        return status == 200
+
+    def _wait_quietly(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> None:
+        """Wait for the end of what has been cancelled, so that it does not run beside what comes next. As its id is known,
+        this does not start it.
+        """
+        try:
+            self._http.json("POST", path, body, 2 * _CANCEL_TIMEOUT, headers)
+        except (NotSent, Broken) as e:
+            log.warning("could not wait for the end of what was cancelled in %s: %s", self.address, e)
 
     def reset(self, slot: str, lease: str, network: bool | None = None) -> bool:
         """Empty the slot and kill its processes, keeping the lease; whether it has network. Safe to repeat."""

@@ -120,6 +120,27 @@ def test_ctrl_c_during_a_batch_in_two_containers_ends_all_of_it() -> None:
         assert [s.bash("pgrep -c sleep").stdout for s in slots] == ["0\n", "0\n"]
 
 
+def test_what_was_interrupted_has_ended_before_the_next_command_begins(pool: SlotPool) -> None:
+    """It has so many processes that their end takes a while."""
+    slot = pool.acquire()
+    command = "for i in {1..200}; do sleep 1016 & done; touch begun; wait"
+    for run in (
+        lambda: slot.bash(command, timeout=2000),
+        lambda: pool.execute_batch([(slot, "bash", {"command": command})] * 2, timeout=2000),
+    ):
+
+        def interrupt() -> None:
+            assert wait_until(lambda: slot.bash("rm begun").success)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert slot.bash("pgrep -c sleep").stdout == "0\n"
+        thread.join()
+
+
 def test_a_stop_that_was_interrupted_can_be_finished(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = LocalFleet.stop
 
