@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -405,7 +404,7 @@ ALIKE = [
     "exec 10>&1; echo hi >&10; echo well; false",
     "exec 10>&1 11>&2; echo hi >&11; exit 4",
     "exec {fd}>&1; echo hi >&$fd; exec {fd}>&-; echo $fd",
-    "for fd in {3..200}; do eval \"exec $fd>&-\"; done; echo well",
+    'for fd in {3..200}; do eval "exec $fd>&-"; done; echo well',
     "exec 59>/dev/null; echo hi >&59; echo well",
     "f() { return 200; }; f",
     "set -o errexit; f() { false; }; f || true; f",
