@@ -50,6 +50,7 @@ class Upkeep:
         self._worn_pause = _WORN
         self._members: Collection[str] = ()  # the fleet's, by their ids
         self._admitting: set[str] = set()  # members that are being asked who they are
+        self._asked_in_vain: set[str] = set()  # standing servers that have not answered yet
         self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
         self._changed = threading.Condition(supply.lock)  # signalled when containers have come, or can't
         self._resizer = Resizer(config, fleet, supply, background, self._changed)
@@ -70,8 +71,8 @@ class Upkeep:
                 failure = self._fleet.failure()  # under the lock, or a change after it would not end the wait below
                 if isinstance(failure, PlacementFailed) and len(self._fleet.members()) >= needed:
                     failure = None  # what lacks room is another pool's wish
-                if failure is None and not self._scales:
-                    failure = self._supply.trouble
+                if failure is None and not self._scales and self._asked_in_vain.issuperset(self._members):
+                    failure = self._supply.trouble  # nobody starts them, and others may be there
                 left = deadline - time.monotonic()
                 if failure is not None or left <= 0 or not self._supply.open:
                     failure = failure or self._supply.trouble
@@ -113,6 +114,10 @@ class Upkeep:
             failure = e
         with self._supply.lock:
             admitted = failure is None and self._supply.open
+            if failure is None:
+                self._asked_in_vain.discard(member.id)
+            elif not self._scales:
+                self._asked_in_vain.add(member.id)
             if admitted:
                 self._supply.add(container)
                 self._supply.refill()

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PACKAGE, StartServer, servers, slotpool_processes, state_directories, wait_until
+from proxy import Proxy
 
 from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
 from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
@@ -258,6 +260,21 @@ def test_two_pools_share_a_standing_server(start_server: StartServer) -> None:
         time.sleep(2.5)
         assert first.bash("echo renewed").stdout == "renewed\n"
     assert server.free(3)
+
+
+def test_one_standing_server_is_enough_to_start(start_server: StartServer) -> None:
+    server = start_server("none", slots=1)
+
+    def slowly(direction: str, data: bytes) -> Iterator[bytes]:
+        time.sleep(0.1)
+        yield data
+
+    proxy = Proxy(server.address, lambda: slowly)
+    try:
+        with SlotPool(servers=["http://127.0.0.1:9", proxy.address], token=server.token) as pool:
+            assert pool.total_slots == 1
+    finally:
+        proxy.close()
 
 
 def test_a_standing_server_that_is_not_there_is_told() -> None:
