@@ -62,7 +62,10 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
     _on_signals(_leave)
-    host = Host(config.host)
+    try:
+        host = Host(config.host)
+    except OSError as e:  # a full disk, say
+        raise StartFailed(f"the server could not start: {e}") from e
     try:
         with _Signalled() as signalled:
             front, address = _listen(config, host, tls)
@@ -116,7 +119,10 @@ def _listen(config: ServeConfig, host: Host, tls: ssl.SSLContext | None) -> tupl
         address = f"unix://{host.socket_path}"
     else:
         family = socket.AF_INET6 if ":" in config.listen else socket.AF_INET
-        listener = socket.create_server((config.listen, config.port), family=family, backlog=_BACKLOG)
+        try:
+            listener = socket.create_server((config.listen, config.port), family=family, backlog=_BACKLOG)
+        except OSError as e:
+            raise StartFailed(f"can't listen on {_bracketed(config.listen)}:{config.port}: {e}") from e
         address = f"{'http' if tls is None else 'https'}://{_bracketed(config.listen)}:{listener.getsockname()[1]}"
     if config.token is None:
         log.warning(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import itertools
+import logging
 import os
 import signal
 import time
 
 from ..errors import StartFailed
+
+log = logging.getLogger(__name__)
 
 REGISTRY = "/run/slotpool/users"  # one lock file a block, held by the server that uses it
 BLOCK = 4096
@@ -59,25 +62,8 @@ class UserBlock:
         self._in_use.discard(uid)
 
     def clear(self) -> None:
-        """Kill every process of these users, which a server that was killed may have left."""
-        deadline = time.monotonic() + _KILL_LIMIT
-        while self._kill_all():
-            if time.monotonic() > deadline:
-                raise StartFailed(f"processes of the users {self.first} to {self.first + BLOCK - 1} can't be killed")
-            time.sleep(0.01)  # they are nobody's children that could be waited for, and may fork meanwhile
-
-    def _kill_all(self) -> bool:
-        found = False
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{name}/status", "rb") as f:
-                    fields = dict(row.split(b":", 1) for row in f if b":" in row)
-                if int(fields[b"Uid"].split()[0]) - self.first in range(BLOCK) and fields[b"State"].split()[0] != b"Z":
-                    os.kill(int(name), signal.SIGKILL)
-                    found = True
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        return found
+        """Kill every process of these users, which a nursery that was killed may have left."""
+        _clear(self.first)
 
     def close(self) -> None:
         os.unlink(f"{REGISTRY}/{self.first}")
@@ -107,16 +93,44 @@ def _lock(path: str, create: bool) -> int | None:
     return None
 
 
+def _clear(first: int) -> None:
+    deadline = time.monotonic() + _KILL_LIMIT
+    while _kill_all(first):
+        if time.monotonic() > deadline:
+            raise StartFailed(f"processes of the users {first} to {first + BLOCK - 1} can't be killed")
+        time.sleep(0.01)  # they are nobody's children that could be waited for, and may fork meanwhile
+
+
+def _kill_all(first: int) -> bool:
+    found = False
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/status", "rb") as f:
+                fields = dict(row.split(b":", 1) for row in f if b":" in row)
+            if int(fields[b"Uid"].split()[0]) - first in range(BLOCK) and fields[b"State"].split()[0] != b"Z":
+                os.kill(int(name), signal.SIGKILL)
+                found = True
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
 def _sweep() -> None:
-    """Remove the locks of servers that were killed."""
+    """Remove the locks of servers that were killed together with their nurseries, and kill what they have left."""
     try:
         names = os.listdir(REGISTRY)
     except FileNotFoundError:
         return
-    for name in names:
+    for name in filter(str.isdigit, names):
         fd = _lock(f"{REGISTRY}/{name}", create=False)
-        if fd is not None:
+        if fd is None:
+            continue
+        try:
+            _clear(int(name))
             os.unlink(f"{REGISTRY}/{name}")
+        except StartFailed as e:
+            log.warning("what a server has left runs on: %s", e)
+        finally:
             os.close(fd)
 
 

@@ -1,0 +1,131 @@
+"""A server that is short of something says so, goes on, and is well again when there is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PACKAGE, ROOT, StartServer
+
+from slotpool.errors import FileError, SlotPoolError
+from slotpool.sandbox import users
+from slotpool.sandbox.client import SandboxClient
+
+
+@pytest.fixture
+def small_disk() -> Iterator[str]:
+    if not ROOT:
+        pytest.skip("only root can mount a small disk")
+    directory = tempfile.mkdtemp(prefix="faults-")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=0711", "faults", directory], check=True)
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+    os.rmdir(directory)
+
+
+@pytest.mark.parametrize("mode", ["bwrap", "user"])
+def test_a_disk_that_a_slot_fills_is_told_to_all_and_free_again_when_it_is_given_back(
+    small_disk: str, start_server: StartServer, mode: str
+) -> None:
+    server = start_server(mode, slots=2, state_dir=small_disk)
+    filler, other = server.lease(2)
+    server.client.write_file(other["slot"], other["token"], "file", b"whole")
+    assert "No space left" in server.bash(filler, "cat /dev/zero >filler")["stderr"]
+    with pytest.raises(FileError, match="No space left"):
+        server.client.write_file(other["slot"], other["token"], "file", b"x" * 100_000)
+    assert server.client.read_file(other["slot"], other["token"], "file") == b"whole"
+    assert server.bash(other, "ls -A")["stdout"] == "file\n"
+    server.client.lease("test", 30.0, 0, [filler["token"]])
+    assert server.free(1)
+    server.client.write_file(other["slot"], other["token"], "file", b"x" * 100_000)
+
+
+def test_a_server_that_can_not_start_says_why(small_disk: str) -> None:
+    (Path(small_disk) / "filler").write_bytes(bytes(1))
+    with contextlib.suppress(OSError), (Path(small_disk) / "filler").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--isolation", "none", "--state-dir", small_disk]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("slotpool: the server could not start: ")
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    (Path(small_disk) / "filler").unlink()
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "slotpool", "serve", "--port", str(port), "--isolation", "none"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False)
+    assert f"slotpool: can't listen on 127.0.0.1:{port}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["bwrap", "user"])
+def test_a_server_out_of_descriptors_answers_again_when_there_are_some(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, slots=2)
+    (lease,) = server.lease()
+    pid = server.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), before[1]))
+    ran, refused = 0, 0
+    for _ in range(20):
+        try:
+            ran += server.bash(lease, "echo >>file", stdin="")["exit_code"] == 0  # it needs pipes of its own
+        except SlotPoolError as e:
+            assert not getattr(e, "may_have_run", False)
+            refused += 1
+    assert refused
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert server.bash(lease, "touch file; wc -l <file")["stdout"] == f"{ran}\n"
+    server.client.lease("test", 30.0, 0, [lease["token"]])
+    assert server.free(2)
+
+
+def test_a_server_out_of_memory_answers_again_when_there_is_some(start_server: StartServer) -> None:
+    server = start_server("user", slots=2)
+    (lease,) = server.lease()
+    pid = server.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    server.bash(lease, "head -c 8000000 /dev/zero >big")
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used, before[1]))
+    for _ in range(5):
+        with contextlib.suppress(SlotPoolError):
+            server.client.read_file(lease["slot"], lease["token"], "big")
+        with contextlib.suppress(SlotPoolError):
+            SandboxClient(server.address, server.token).health(repeat=False)  # takes a thread, and that a stack
+    resource.prlimit(pid, resource.RLIMIT_AS, before)
+    assert len(server.client.read_file(lease["slot"], lease["token"], "big")) == 8_000_000
+    server.client.lease("test", 30.0, 0, [lease["token"]])
+    assert server.free(2)
+
+
+def test_the_next_server_kills_what_is_left_where_server_and_nursery_were_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ROOT:
+        pytest.skip("only root has users to give")
+    block = users.UserBlock()
+    left = subprocess.Popen(["sleep", "1019"], user=block.take())
+    try:
+        (tmp_path / str(block.first)).touch()  # a lock that nobody holds
+        monkeypatch.setattr(users, "REGISTRY", str(tmp_path))  # others' servers have theirs beside it
+        users._sweep()
+        assert left.wait(10) == -signal.SIGKILL
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        left.kill()
+        left.wait()
+        monkeypatch.undo()
+        block.close()
