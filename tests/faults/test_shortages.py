@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import pytest
 from conftest import PACKAGE, ROOT, StartServer
 
 from slotpool.errors import FileError, SlotPoolError
-from slotpool.sandbox import users
+from slotpool.sandbox import cgroups, users
 from slotpool.sandbox.client import SandboxClient
 
 
@@ -129,3 +130,29 @@ def test_the_next_server_kills_what_is_left_where_server_and_nursery_were_killed
         left.wait()
         monkeypatch.undo()
         block.close()
+
+
+def test_control_groups_of_a_server_in_another_pid_namespace_are_not_taken_for_left_ones() -> None:
+    try:
+        groups = cgroups.find(None, None)
+    except OSError as e:
+        pytest.skip(f"there are no control groups here: {e}")
+    try:
+        strange = [
+            f"{root.rpartition('/')[0]}/slotpool-{2**22 + 1}-00000000" for root in groups.roots
+        ]  # beyond all process ids
+        for root in strange:
+            os.mkdir(root)
+            held = os.open(root, os.O_RDONLY)
+            fcntl.flock(held, fcntl.LOCK_EX)
+            cgroups._sweep(os.path.dirname(root))
+            assert os.path.isdir(root)
+            os.close(held)
+            cgroups._sweep(os.path.dirname(root))
+            assert not os.path.isdir(root)
+        groups.make("slot")
+        for root in groups.roots:
+            cgroups._remove_unless_locked(root)
+            assert os.path.isdir(f"{root}/slot")
+    finally:
+        groups.close()
