@@ -82,6 +82,31 @@ def test_nonsense_is_told_as_what_it_is(fake: FakeNomad, status: int, body: byte
         assert works(pool)
 
 
+@pytest.mark.parametrize("body", [b"{}", b"17", b"[{}]"])
+def test_json_of_another_shape_loses_nobody_a_lease(fake: FakeNomad, body: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    with SlotPool(**settings(fake, max_containers=2, scale_cooldown=0)) as pool:
+        held = pool.acquire()
+        for path in ("/v1/job/job/allocations", "/v1/allocation/", "/v1/job/job/scale", "/v1/job/job", "/v1/"):
+            fake.answer_once(path, 200, body, "application/json")
+        assert works(pool)  # in a second container, which Nomad must be asked for
+        assert held.bash("echo well").stdout == "well\n"
+    assert "defect of slotpool" not in caplog.text
+
+
+def test_nothing_but_errors_for_a_while_loses_nobody_a_lease(fake: FakeNomad, caplog: pytest.LogCaptureFixture) -> None:
+    with SlotPool(**settings(fake, max_containers=2, scale_cooldown=0, lease_ttl=1.0)) as pool:
+        held = pool.acquire()
+        for _ in range(1000):
+            fake.answer_once("/v1/", 500, b"out of luck")
+        with pytest.raises(SlotPoolError, match="out of luck"):
+            pool.acquire(timeout=2)
+        assert held.bash("echo well").stdout == "well\n"
+        fake.heal()
+        assert works(pool)
+        assert held.bash("echo well").stdout == "well\n"
+    assert "defect of slotpool" not in caplog.text
+
+
 def test_stale_answers_do_no_harm(fake: FakeNomad) -> None:
     with SlotPool(**settings(fake, max_containers=3, scale_down_after=0.2)) as pool:
         fake.stale(0.5)

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import NomadError
 from .connection import Connection
 from .http import NomadHTTP
-from .types import Allocation, Evaluation, Job
+from .types import Allocation, Evaluation, Job, known_form, listed
 
 _READ = "the namespace capability read-job"
 _SUBMIT = "the namespace capability submit-job"
@@ -47,12 +47,12 @@ class NomadClient:
     def job(self, job_id: str) -> Job | None:
         """``GET /v1/job/ID``."""
         told, _ = self._http.get(_job(job_id), _READ)
-        return Job.parse(told) if told else None
+        return _parsed(told)
 
     def watch_job(self, job_id: str, index: int, wait: float) -> tuple[Job | None, int]:
         """The same as a blocking query: once it has changed since ``index``, or after ``wait`` seconds."""
         told, index = self._http.get(_job(job_id), _READ, index=index, wait=wait)
-        return (Job.parse(told) if told else None), index
+        return _parsed(told), index
 
     def submit(self, body: Mapping[str, Any], *, if_unchanged_since: int | None = None) -> int:
         """``POST /v1/jobs``: register or update a job; its new ``modify_index``. Repeating it does no harm.
@@ -62,12 +62,15 @@ class NomadClient:
         request: dict[str, Any] = {"Job": body}
         if if_unchanged_since is not None:
             request.update(EnforceIndex=True, JobModifyIndex=if_unchanged_since)
-        return int(self._http.write("POST", "/v1/jobs", _SUBMIT, request).get("JobModifyIndex", 0))
+        told = self._http.write("POST", "/v1/jobs", _SUBMIT, request)
+        with known_form("a job's registration"):
+            return int(told.get("JobModifyIndex", 0))
 
     def plan(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """``POST /v1/job/ID/plan``: what :meth:`submit` would change (``Diff``) and fail to place. Changes nothing."""
         planned = self._http.write("POST", _job(str(body["ID"]), "/plan"), _SUBMIT, {"Job": body, "Diff": True})
-        return dict(planned)
+        with known_form("a plan"):
+            return dict(planned)
 
     def stop(self, job_id: str, *, purge: bool = False) -> None:
         """``DELETE /v1/job/ID``: end its allocations; with ``purge`` forget it. Nothing if there is none. Repeatable."""
@@ -81,7 +84,8 @@ class NomadClient:
         """
         body = {"Count": count, "Target": {"Group": group}, "Message": message, "JobModifyIndex": if_unchanged_since}
         told = self._http.write("POST", _job(job_id, "/scale"), "the namespace capability scale-job", body)
-        return int(told.get("JobModifyIndex", 0))
+        with known_form("a scaling"):
+            return int(told.get("JobModifyIndex", 0))
 
     # Allocations
 
@@ -94,22 +98,25 @@ class NomadClient:
         """
         told, index = self._http.get(_job(job_id, "/allocations"), _READ, index=index, wait=wait)
         found = []
-        for one in told or ():
-            before = known.get(one["ID"]) if known else None
-            same = before is not None and before.modify_index == one.get("ModifyIndex")
-            found.append(before if same and before is not None else Allocation.parse(one))
+        with known_form("a job's allocations"):
+            for one in listed(told):
+                before = known.get(one["ID"]) if known else None
+                same = before is not None and before.modify_index == one.get("ModifyIndex")
+                found.append(before if same and before is not None else Allocation.parse(one))
         return found, index
 
     def allocation(self, allocation_id: str) -> dict[str, Any] | None:
         """``GET /v1/allocation/ID``: all of it, with its ports; see :func:`.types.address_of`."""
         told, _ = self._http.get(f"/v1/allocation/{allocation_id}", _READ)
-        return dict(told) if told else None
+        with known_form("an allocation"):
+            return dict(told) if told is not None else None
 
     def allocations_with_resources(self, job_id: str) -> list[dict[str, Any]]:
         """``GET /v1/allocations`` of one job with their ports, in one request."""
         quoted = job_id.replace("\\", "\\\\").replace('"', '\\"')
         told, _ = self._http.get("/v1/allocations", _READ, {"resources": "true", "filter": f'JobID == "{quoted}"'})
-        return list(told or ())
+        with known_form("allocations"):
+            return [dict(one) for one in listed(told)]
 
     def stop_allocation(self, allocation_id: str) -> None:
         """``POST /v1/allocation/ID/stop``: end it; its job gets another in its place."""
@@ -125,19 +132,22 @@ class NomadClient:
     def evaluations(self, job_id: str, index: int = 0, wait: float = 0.0) -> tuple[list[Evaluation], int]:
         """``GET /v1/job/ID/evaluations``, the newest last; with ``wait`` a blocking query."""
         told, index = self._http.get(_job(job_id, "/evaluations"), _READ, index=index, wait=wait)
-        return sorted((Evaluation.parse(one) for one in told or ()), key=lambda one: one.create_index), index
+        with known_form("a job's evaluations"):
+            return sorted(map(Evaluation.parse, listed(told)), key=lambda one: one.create_index), index
 
     def latest_deployment(self, job_id: str) -> dict[str, Any] | None:
         """``GET /v1/job/ID/deployment``."""
         told, _ = self._http.get(_job(job_id, "/deployment"), _READ)
-        return dict(told) if told else None
+        with known_form("a deployment"):
+            return dict(told) if told else None
 
     # Variables
 
     def variable(self, path: str) -> dict[str, str] | None:
         """``GET /v1/var/PATH``: the items of a variable, which Nomad keeps encrypted; None if there is none."""
         told, _ = self._http.get(f"/v1/var/{urllib.parse.quote(path)}", f'the variables capability read for "{path}"')
-        return dict(told["Items"]) if told else None
+        with known_form("a variable"):
+            return dict(told["Items"]) if told is not None else None
 
     def create_variable(self, path: str, items: Mapping[str, str]) -> bool:
         """``PUT /v1/var/PATH?cas=0``: make it; False if there is one already."""
@@ -161,7 +171,17 @@ class NomadClient:
     def nodes(self) -> Sequence[dict[str, Any]]:
         """``GET /v1/nodes``."""
         told, _ = self._http.get("/v1/nodes", "the capability node:read")
-        return list(told or ())
+        with known_form("nodes"):
+            return [dict(one) for one in listed(told)]
+
+
+def _parsed(told: Any) -> Job | None:
+    with known_form("a job"):
+        if told is None:
+            return None
+        job = Job.parse(told)
+        job.count("")  # its groups too
+        return job
 
 
 def _job(job_id: str, rest: str = "") -> str:

@@ -16,7 +16,7 @@ from . import diagnosis, image
 from .client import NomadClient
 from .connection import Connection
 from .job import GROUP, IN_CONTAINERS, TASK, count_of, create_sandbox_job, differences, token_path
-from .types import Allocation, Evaluation, Job, address_of
+from .types import Allocation, Evaluation, Job, address_of, known_form
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -331,7 +331,8 @@ class NomadFleet:
             told = [one for one in self._client.allocations_with_resources(self._config.job_id) if one.get("ID") in set(new)]
         else:
             told = [one for one in map(self._client.allocation, new) if one is not None]
-        found = {str(one["ID"]): address_of(one, "http") for one in told}
+        with known_form("allocations with their ports"):
+            found = {str(one["ID"]): address_of(one, "http") for one in told}
         for id_ in [id_ for id_, address in found.items() if address is None]:
             log.warning("allocation %s has no port labelled http; is it slotpool's job?", id_)
         return {id_: address for id_, address in found.items() if address is not None}

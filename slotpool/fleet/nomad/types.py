@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attr
 
+from ...errors import NomadError
+
 _INDEX = re.compile(r"\[(\d+)\]\Z")
+
+
+@contextlib.contextmanager
+def known_form(what: str) -> Iterator[None]:
+    """For reading what was told.
+
+    :raises NomadError: it is JSON of another form.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise NomadError(
+            f"expected {what} as Nomad tells it, got something else ({e!r}); is it Nomad that answers there?"
+        ) from e
+
+
+def listed(told: object) -> list[Any]:
+    """The entries of a list; none if there is nothing.
+
+    :raises TypeError: it is something else.
+    """
+    if not isinstance(told, (list, type(None))):
+        raise TypeError(f"{type(told).__name__} instead of a list")
+    return told or []
 
 
 class AllocationStatus(enum.Enum):
