@@ -134,7 +134,10 @@ class App:
         """
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         public = path == "/health" and method == "GET" and "HTTP_AUTHORIZATION" not in environ
-        if not public and not self._is_authorized(environ):
+        known = self._is_authorized(environ)
+        if not known:  # else strangers could keep as many threads and connections as there may be
+            environ["slotpool.keep"] = False
+        if not public and not known:
             raise RequestFailed("unauthorized", "expected the header Authorization: Bearer TOKEN with this server's token")
         if path in self._fixed:
             return _of_method(self._fixed[path], method)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 for one WSGI application (PEP 3333, RFC 9112), each connection with a thread of its own.
+"""HTTP/1.1 for one WSGI application (PEP 3333, RFC 9112), each connection with a thread of its own from its first request on.
 
 A request wakes the thread that answers it, and no other: with a general server, whose main thread reads and hands on, those two
 wake-ups and its parser were a quarter of what a short command cost.
@@ -20,6 +20,8 @@ import urllib.parse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
+from .lobby import Lobby
+
 if TYPE_CHECKING:
     import ssl
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAX_HEAD = 65536
+_MAX_HEAD = 32_768  # a path of 4,096 bytes, each quoted, has room in it
 _READ_SIZE = 1 << 18
 _JOINED = 1 << 16  # bodies up to this size are sent together with the head
 _MOST_LEFT = 1 << 20  # bytes of a body that was not read which are taken off the connection, so that it may go on
@@ -58,7 +60,9 @@ class _Gone(ConnectionError):
 class Front:
     """Serves ``app`` on a listening socket.
 
-    :param most: connections at once. One more closes the one that has been idle for longest.
+    :param app: may set ``slotpool.keep`` of its environment to False, to have the connection closed after the answer.
+    :param most: connections at once. One more closes one that waits: of those that have not been answered yet, if there are
+        any, the one that came first; else the one that has been idle for longest.
     :param tls: if given, connections are encrypted.
     """
 
@@ -86,40 +90,57 @@ class Front:
 
     def run(self) -> None:
         """Accept connections until :meth:`close`."""
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as e:
-                if self._ending:
-                    return
+        self._listener.setblocking(False)
+        lobby = Lobby(self._listener, self._admit, _MAX_HEAD, _IDLE, _HEAD_LIMIT, self.tls is None)
+        try:
+            while not self._ending:
+                if lobby.wait():
+                    self._accept(lobby)
+        finally:
+            lobby.close()
+
+    def _accept(self, lobby: Lobby) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:  # it has gone again
+            return
+        except OSError as e:
+            if not self._ending:
                 log.warning("a connection could not be accepted: %s", e)
                 time.sleep(0.1)  # out of descriptors, most likely
-                continue
-            if sock.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = _Connection(self, self._app, sock)
-            if not self._make_room():
-                sock.close()
-                continue
-            with self._lock:
-                self._open.add(connection)
-            try:
-                threading.Thread(target=connection.serve, name="slotpool-http", daemon=True).start()
-            except RuntimeError as e:  # no more threads to be had
-                log.warning("a connection could not be served: %s", e)
-                self.forget(connection)
+            return
+        if not self._make_room(lobby):
+            sock.close()
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        lobby.enter(sock)
 
-    def _make_room(self) -> bool:
-        """For one more connection, at the cost of that which has been idle for longest."""
+    def _admit(self, sock: socket.socket, received: bytes) -> None:
+        connection = _Connection(self, self._app, sock, received)
         with self._lock:
-            if len(self._open) < self._most:
+            self._open.add(connection)
+        try:
+            threading.Thread(target=connection.serve, name="slotpool-http", daemon=True).start()
+        except RuntimeError as e:  # no more threads to be had
+            log.warning("a connection could not be served: %s", e)
+            self.forget(connection)
+
+    def _make_room(self, lobby: Lobby) -> bool:
+        """For one more connection, at the cost of one that waits."""
+        with self._lock:
+            if len(self._open) + len(lobby) < self._most:
                 return True
-            idle = [(since, id(one), one) for one in self._open if (since := one.idle_since)]
-            if not idle:
-                return False
-            _, _, longest = min(idle)
-            self._open.discard(longest)
-        longest.hang_up()
+            if not lobby:
+                idle = [(one.known, since, id(one), one) for one in self._open if (since := one.idle_since)]
+                if not idle:
+                    return False
+                *_, longest = min(idle)
+                self._open.discard(longest)
+        if lobby:
+            lobby.turn_out()
+        else:
+            longest.hang_up()
         return True
 
     def forget(self, connection: _Connection) -> None:
@@ -151,15 +172,17 @@ class _Connection:
     """One connection and its thread.
 
     :ivar idle_since: when it began to wait for a request; 0 while it has one.
+    :ivar known: a request of it was answered, and it was kept.
     """
 
-    def __init__(self, front: Front, app: WSGIApplication, sock: socket.socket) -> None:
+    def __init__(self, front: Front, app: WSGIApplication, sock: socket.socket, received: bytes) -> None:
         self._front = front
         self._app = app
         self._sock = sock
-        self._received = b""
+        self._received = received
         self._last: tuple[bytes, dict[str, Any], bool] = b"", {}, False  # see _parse()
         self.idle_since = time.monotonic()
+        self.known = False
         self.ended = threading.Event()
 
     def hang_up(self) -> None:
@@ -210,6 +233,7 @@ class _Connection:
         body = self._body(length, environ.get("HTTP_EXPECT", "").lower() == "100-continue")
         environ["wsgi.input"] = body.stream
         keep = self._answer(environ, body, keep)
+        self.known = keep
         self.idle_since = time.monotonic()  # whatever comes of the body: it can make room for others
         if not keep:
             if body.left:
@@ -281,13 +305,14 @@ class _Connection:
             told[:] = [(status, headers)]
             return _no_write
 
+        environ["slotpool.keep"] = True
         answer: Iterable[bytes] = self._app(environ, start_response)
         try:
             chunks = iter(answer)
             first = next(chunks, b"")
             ((status, headers),) = told
             keep = keep and (status[:3] in ("204", "304") or "content-length" in [name.lower() for name, _ in headers])
-            keep = keep and not body.is_unwanted
+            keep = keep and not body.is_unwanted and environ["slotpool.keep"]
             self._sock.settimeout(_SILENCE)
             if environ["REQUEST_METHOD"] == "HEAD":
                 self._send(_head(status, headers, keep), b"")
