@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Callable
 import attr
 import pytest
 from agents import why_no_docker
-from conftest import ISOLATED, Server, started_servers
+from conftest import ISOLATED, PACKAGE, Server, started_servers, why_not
 
 from slotpool.fleet.nomad import image
 from slotpool.sandbox.client import SandboxClient
@@ -183,9 +184,25 @@ class Arena:
         """The server's process, as slots without a PID namespace see it."""
         return self.server.process.pid
 
+    @property
+    def pid_here(self) -> int:
+        """The server's process, as this machine sees it."""
+        return self.server.process.pid
+
     def processes(self) -> dict[int, int | None]:
         """The server's and all its descendants, those of slots too, with their users."""
         return {pid: _uid(pid) for pid in family(self.server.process.pid)}
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid_here}/fd"))
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid_here}/task"))
+
+    def memory(self) -> int:
+        """Bytes that the server has resident."""
+        with open(f"/proc/{self.pid_here}/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     @property
     def directories(self) -> list[str]:
@@ -253,6 +270,10 @@ class Contained(Arena):
     def pid(self) -> int:
         return 1
 
+    @property
+    def pid_here(self) -> int:
+        return int(docker("inspect", "-f", "{{.State.Pid}}", _name_of(self.server)))
+
     def outside(self, name: str) -> str:
         return self.inside(f"find / -xdev -path '*/slots/*/workspace/{name}'").splitlines()[0]
 
@@ -301,6 +322,30 @@ def contained_server(image: str, *args: str) -> Iterator[Server]:
         server.stop()
 
 
+@contextlib.contextmanager
+def serving(mode: str, *args: str) -> Iterator[Server]:
+    """``slotpool serve`` on a port of this machine's loopback."""
+    if why_not(mode):
+        pytest.skip(why_not(mode))
+    token = "SLOTPOOL_TEST_" + "server_token"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--isolation", mode, *args],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": PACKAGE, "SLOTPOOL_TOKEN": token},
+        cwd="/",
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        address = process.stdout.readline().decode().strip()
+    assert address.startswith("http://127.0.0.1:"), address
+    server = Server(process, SandboxClient(address, token, connections=100), address, token, mode)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture(scope="session")
 def sandbox_image() -> Iterator[str]:
     """The image as a checkout makes it."""
@@ -317,8 +362,11 @@ def sandbox_image() -> Iterator[str]:
 Standing = Callable[[str], Server]
 
 
-def standing_with(**settings: Any) -> Any:
-    """A fixture: servers by mode that a module's tests share, each with leases of its own."""
+def standing_with(tcp: bool = False, **settings: Any) -> Any:
+    """A fixture: servers by mode that a module's tests share, each with leases of its own.
+
+    :param tcp: they listen on a port, not on a Unix socket.
+    """
 
     @pytest.fixture(scope="module")
     def standing(request: pytest.FixtureRequest) -> Iterator[Standing]:
@@ -327,9 +375,11 @@ def standing_with(**settings: Any) -> Any:
 
             @functools.cache
             def stand(mode: str) -> Server:
+                options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+                if tcp and mode != "docker":
+                    return stack.enter_context(serving(mode, *options))
                 if mode == "docker":
                     image = request.getfixturevalue("sandbox_image")
-                    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
                     return stack.enter_context(contained_server(image, *options))
                 return start(mode, **settings)
 
@@ -347,6 +397,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [mark for many in metafunc.definition.iter_markers("parametrize") for mark in _marks_of_cases(many)]
         marks = [*metafunc.definition.iter_markers("attack"), *cases]
         modes = [*ISOLATED, "docker"] if any(mark.kwargs["docker"] for mark in marks) else ISOLATED
+        modes = getattr(metafunc.module, "ARENAS", modes)
         metafunc.parametrize("arena", modes, indirect=True)
 
 

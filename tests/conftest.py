@@ -31,7 +31,7 @@ ROOT = os.geteuid() == 0
 PACKAGE = str(Path(sys.modules["slotpool"].__file__ or "").resolve().parents[1])
 
 
-def _why_not(mode: str) -> str:
+def why_not(mode: str) -> str:
     if mode == "user" and not ROOT:
         return "user mode needs root"
     if mode == "bwrap-as-user" and not ROOT:
@@ -157,9 +157,8 @@ def started_servers() -> Iterator[StartServer]:
     directories: list[str] = []
 
     def start(mode: str = "bwrap", slots: int = 2, **settings: Any) -> Server:
-        why_not = _why_not(mode)
-        if why_not:
-            pytest.skip(why_not)
+        if why_not(mode):
+            pytest.skip(why_not(mode))
         more: dict[str, Any] = {}
         state_dir: str | None = None
         if mode == "bwrap-as-user":

@@ -232,6 +232,48 @@ def test_idle_connections_make_room_for_new_ones(start: Start) -> None:
             sock.close()
 
 
+def test_silent_connections_have_no_thread_and_slow_ones_none_before_their_head_is_whole(start: Start) -> None:
+    _, port = start()
+    before = threading.active_count()
+    waiting = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(40)]
+    try:
+        for sock in waiting[20:]:
+            sock.sendall(b"GET / HTTP/1.1\r\nHo")
+        assert talk(port, get("/")).endswith(b"GET /   0")  # it was accepted after all of them
+        assert threading.active_count() <= before + 1
+        waiting[30].sendall(b"st: x\r\n\r\n")
+        assert waiting[30].recv(1000).endswith(b"GET /   0")
+    finally:
+        for sock in waiting:
+            sock.close()
+
+
+def test_who_was_never_answered_goes_before_who_was(start: Start) -> None:
+    _, port = start(most=3)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as known:
+        known.sendall(get("/1"))
+        assert known.recv(1000).endswith(b"GET /1   0")
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(20)]
+        try:
+            assert silent[0].recv(1) == b""
+            known.sendall(get("/2"))
+            assert known.recv(1000).endswith(b"GET /2   0")
+        finally:
+            for sock in silent:
+                sock.close()
+
+
+def test_the_application_may_have_a_connection_closed(start: Start) -> None:
+    def dismiss(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["slotpool.keep"] = environ["PATH_INFO"] != "/last"
+        return echo(environ, start_response)
+
+    _, port = start(dismiss)
+    told = talk(port, get("/1") + get("/last") + get("/more"), hang_up=False)
+    assert told.count(b"Connection: close") == 1
+    assert told.endswith(b"GET /last   0")
+
+
 def test_an_end_waits_for_requests_under_way(start: Start) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
