@@ -10,15 +10,16 @@ from collections.abc import Iterator
 
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FEW_ENTRIES = 500
+_MOST_PENDING = 10_000  # directories that are known and not removed yet
 _MOST_ENTRIES = 20_000  # looked at in a shared directory
 
 
 def remove_tree(path: str) -> None:
     """Remove the directory ``path`` and everything in it, whatever it holds.
 
-    Works in constant stack, descriptors and path length for any depth: a directory found inside is first moved
-    up to the top, so nothing is ever addressed deeper than two levels. Links are removed, never followed, even if somebody
-    changes the tree meanwhile. A missing ``path`` is no error; safe to repeat.
+    Works in constant stack, descriptors and path length for any depth, and in constant memory for any number of entries: a
+    directory found inside is first moved up to the top, so nothing is ever addressed deeper than two levels. Links are removed,
+    never followed, even if somebody changes the tree meanwhile. A missing ``path`` is no error; safe to repeat.
 
     :raises OSError: if something can't be removed.
     """
@@ -38,15 +39,15 @@ def _remove(name: str, parent: int) -> None:
     try:
         # Names for what is moved to the top: a slot can't have made one without reading this process's memory.
         names = (f".{os.urandom(8).hex()}-{n}" for n in itertools.count())
-        pending = _clear(top)
-        while pending:
-            inner_name = pending.pop()
-            inner = _open(inner_name, top)
-            try:
-                pending.extend(_move_up(_clear(inner), inner, top, names))
-            finally:
-                os.close(inner)
-            _remove_dir(inner_name, top, pending)
+        while pending := _clear(top):
+            while pending:
+                inner_name = pending.pop()
+                inner = _open(inner_name, top)
+                try:
+                    _move_up(_clear(inner), inner, top, names)
+                finally:
+                    os.close(inner)
+                _is_removed(inner_name, top)  # else some are left in it, and it comes up again
     finally:
         os.close(top)
     os.rmdir(name, dir_fd=parent)
@@ -72,34 +73,35 @@ def _open(name: str, parent: int) -> int:
 
 
 def _clear(directory: int) -> list[str]:
-    """Unlink every file of ``directory``; the names of the directories in it."""
-    inner = []
+    """Remove every file and empty directory of ``directory``; the names of what else is in it, or some of them if they are
+    many.
+    """
+    inner: list[str] = []
     with os.scandir(directory) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                inner.append(entry.name)
-            else:
+            if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.name, dir_fd=directory)
+            elif not _is_removed(entry.name, directory):
+                inner.append(entry.name)
+                if len(inner) == _MOST_PENDING:
+                    break
     return inner
 
 
-def _move_up(inner: list[str], directory: int, top: int, names: Iterator[str]) -> list[str]:
-    moved = []
-    for name in inner:
-        os.close(_open(name, directory))  # moving a directory writes to it, as its `..` changes
-        target = next(names)
-        os.rename(name, target, src_dir_fd=directory, dst_dir_fd=top)
-        moved.append(target)
-    return moved
-
-
-def _remove_dir(name: str, top: int, pending: list[str]) -> None:
+def _is_removed(name: str, parent: int) -> bool:
     try:
-        os.rmdir(name, dir_fd=top)
+        os.rmdir(name, dir_fd=parent)
     except OSError as e:
         if e.errno != errno.ENOTEMPTY:
             raise
-        pending.append(name)  # some file systems skip entries while others are unlinked: read it again
+        return False
+    return True
+
+
+def _move_up(inner: list[str], directory: int, top: int, names: Iterator[str]) -> None:
+    for name in inner:
+        os.close(_open(name, directory))  # moving a directory writes to it, as its `..` changes
+        os.rename(name, next(names), src_dir_fd=directory, dst_dir_fd=top)
 
 
 def remove_owned(directory: str, uid: int) -> None:

@@ -8,11 +8,13 @@ import shutil
 import socket
 import stat
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from slotpool.sandbox import trees
 from slotpool.sandbox.trees import remove_owned, remove_tree
 
 ROOT = os.geteuid() == 0
@@ -97,6 +99,22 @@ def test_width_is_no_matter(tmp_path: Path) -> None:
         (tree / "inner" / f"f{i}").touch()
     remove_tree(str(tree))
     assert not tree.exists()
+
+
+def test_width_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "_MOST_PENDING", 20)
+    for at in (tmp_path / "tree", tmp_path / "tree" / "inner"):
+        for i in range(1500):
+            (at / f"{i:0200}").mkdir(parents=True)
+            (at / f"{i:0200}" / "file").touch()
+    tracemalloc.start()
+    try:
+        remove_tree(str(tmp_path / "tree"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert os.listdir(tmp_path) == []
+    assert peak < 100_000
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o100, 0o400, 0o500, 0o300, 0o7000])
