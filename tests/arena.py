@@ -193,6 +193,10 @@ class Arena:
         """The server's and all its descendants, those of slots too, with their users."""
         return {pid: _uid(pid) for pid in family(self.server.process.pid)}
 
+    def listing(self, places: list[str]) -> list[str]:
+        """What is where the server is, as root sees it."""
+        return [name for place in places for name in sorted(os.listdir(place))]
+
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.pid_here}/fd"))
 
@@ -276,6 +280,9 @@ class Contained(Arena):
 
     def outside(self, name: str) -> str:
         return self.inside(f"find / -xdev -path '*/slots/*/workspace/{name}'").splitlines()[0]
+
+    def listing(self, places: list[str]) -> list[str]:
+        return self.inside(f"ls -A {' '.join(places)}").splitlines()
 
     def processes(self) -> dict[int, int | None]:
         told = self.inside("ps -e -o pid=,uid=").splitlines()
