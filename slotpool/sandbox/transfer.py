@@ -32,7 +32,8 @@ class Content(Output):
         self._begun = b""
         self._parts: deque[bytes] = deque()
         self.size = -1  # not known yet
-        self.missing = 0  # bytes; negative if there came too many
+        self.missing = 0  # bytes
+        self.overflows = False  # more came than was said; that may never end, and nobody wants it
 
     def add(self, chunk: bytes) -> None:
         if self.size < 0:
@@ -42,8 +43,10 @@ class Content(Output):
             (self.size,) = SIZE.unpack_from(self._begun)
             self.missing = self.size
             chunk = self._begun[SIZE.size :]
+        self.overflows = len(chunk) > self.missing
+        chunk = chunk[: self.missing]
         self.missing -= len(chunk)
-        if chunk and self.missing >= 0:
+        if chunk:
             self._parts.append(chunk)
 
     @property
@@ -136,7 +139,7 @@ class Reading:
         self._transfer.job.outcome.stdout = self._content
         self._driver = Driver([self._transfer.job])
         try:
-            while self._content.size <= _PART and self._driver.step():
+            while self._content.size <= _PART and not self._content.overflows and self._driver.step():
                 pass
             if self._driver.ended:
                 self._transfer.check()
@@ -150,7 +153,7 @@ class Reading:
     def __iter__(self) -> Iterator[bytes]:
         """:raises ConnectionAbortedError: not all can be sent that was promised, which only the connection's end can tell."""
         job = self._transfer.job
-        while not self._driver.ended:
+        while not (self._driver.ended or self._content.overflows):
             part = self._content.take()
             if part:
                 began = time.monotonic()
