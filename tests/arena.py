@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -197,8 +198,14 @@ class Arena:
         """What is where the server is, as root sees it."""
         return [name for place in places for name in sorted(os.listdir(place))]
 
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid_here}/fd"))
+    def held(self) -> tuple[int, int]:
+        """Descriptors and threads of the server, once they don't change any more."""
+        same, last, deadline = 0, (0, 0), time.monotonic() + 10
+        while same < 20 and time.monotonic() < deadline:
+            now = len(os.listdir(f"/proc/{self.pid_here}/fd")), self.threads()
+            same, last = same + 1 if now == last else 0, now
+            time.sleep(0.01)
+        return last
 
     def threads(self) -> int:
         return len(os.listdir(f"/proc/{self.pid_here}/task"))
@@ -307,11 +314,12 @@ def _name_of(server: Server) -> str:
 
 
 @contextlib.contextmanager
-def contained_server(image: str, *args: str) -> Iterator[Server]:
+def contained_server(image: str, *args: str, volume: str = "") -> Iterator[Server]:
     """A server in a container of its own, with Docker's own settings."""
     name = f"slotpool-test-{secrets.token_hex(4)}"
     token = "SLOTPOOL_TEST_" + "server_token"
-    command = ["docker", "run", "--rm", "--name", name, "-e", "SLOTPOOL_TOKEN", "-p", "127.0.0.1::8080", image]
+    command = ["docker", "run", "--rm", "--name", name, "-e", "SLOTPOOL_TOKEN", "-p", "127.0.0.1::8080"]
+    command += ["-v", volume, image] if volume else [image]
     options = ["--host", "0.0.0.0", *args]
     # It is no process of this session's in the sense of slotpool_processes().
     environment = {key: value for key, value in os.environ.items() if key != "TMPDIR"} | {"SLOTPOOL_TOKEN": token}
@@ -398,13 +406,18 @@ def standing_with(tcp: bool = False, **settings: Any) -> Any:
 standing = standing_with(slots=3)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "arenas(mode, ...): instead of every isolation, and a container where an attack asks for it")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """An arena in every isolation, and in a container for those attacks that ask for one."""
     if "arena" in metafunc.fixturenames:
         cases = [mark for many in metafunc.definition.iter_markers("parametrize") for mark in _marks_of_cases(many)]
         marks = [*metafunc.definition.iter_markers("attack"), *cases]
         modes = [*ISOLATED, "docker"] if any(mark.kwargs["docker"] for mark in marks) else ISOLATED
-        modes = getattr(metafunc.module, "ARENAS", modes)
+        arenas = metafunc.definition.get_closest_marker("arenas")
+        modes = list(arenas.args) if arenas is not None else modes
         metafunc.parametrize("arena", modes, indirect=True)
 
 

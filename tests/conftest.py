@@ -152,11 +152,14 @@ ORDINARY_USER = "nobody"
 
 @contextlib.contextmanager
 def started_servers() -> Iterator[StartServer]:
-    """What starts servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end."""
+    """What starts servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end.
+
+    They run the code of ``package``.
+    """
     servers: list[Server] = []
     directories: list[str] = []
 
-    def start(mode: str = "bwrap", slots: int = 2, **settings: Any) -> Server:
+    def start(mode: str = "bwrap", slots: int = 2, package: str = PACKAGE, **settings: Any) -> Server:
         if why_not(mode):
             pytest.skip(why_not(mode))
         more: dict[str, Any] = {}
@@ -182,7 +185,7 @@ def started_servers() -> Iterator[StartServer]:
             [sys.executable, "-m", "slotpool.sandbox"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": PACKAGE},
+            env={**os.environ, "PYTHONPATH": package},
             cwd="/",
             start_new_session=True,
             **more,

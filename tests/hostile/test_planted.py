@@ -7,12 +7,13 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from arena import LOOK, Arena, standing_with
 from attacks import Figure, attack
 
 from slotpool.errors import FileError
 
-ARENAS = ["bwrap", "user", "docker"]
+pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
 ENTRIES = int(os.environ.get("SLOTPOOL_ENTRIES", "20000"))  # read here, as every test's environment is cleared of it
 MOST_GROWTH = 64 << 20  # bytes of the server's memory
 MOST_TIMES_SLOWER = 10

@@ -17,7 +17,7 @@ from conftest import wait_until
 from slotpool.errors import ContainerRefused
 from slotpool.sandbox.client import SandboxClient
 
-ARENAS = ["bwrap", "user", "docker"]
+pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
 MOST_TIMES_SLOWER = 10
 MOST_GROWTH = 200 << 20  # bytes of the server's memory while it is attacked
 standing = standing_with(tcp=True, slots=3)

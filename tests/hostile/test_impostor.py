@@ -1,0 +1,252 @@
+"""A zygote that has turned on its server, as one whose place a slot's own process has taken could: real servers and sandboxes.
+
+What serves calls here is a slot's process with the zygote's own sockets. It does as told, until a command bids it to attack.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arena import Arena, Standing, contained_server, docker
+from attacks import attack
+from conftest import PACKAGE, started_servers
+
+from slotpool.errors import SlotPoolError
+
+pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
+MOST_GROWTH = 32 << 20  # bytes of the server's memory
+
+# Put at the end of slotpool/sandbox/zygote.py.
+IMPOSTOR = r'''
+
+import re, time, fcntl
+
+
+class Impostor(Zygote):
+    def _start(self):
+        message, fds = linux.receive(self._control, 65536, 8)
+        if not message:
+            os._exit(0)
+        order = json.loads(message)
+        named = dict(zip(order["fds"], fds))
+        if os.fork() == 0:
+            try:
+                self.answer(order, named, socket.socket(fileno=named.pop("call")))
+            finally:
+                os._exit(0)
+        for fd in fds:
+            os.close(fd)
+
+    def answer(self, order, fds, sock):
+        if order["op"] != "shell":
+            self.attack(order["path"].encode(), fds, sock)
+            pid = self._fork_tool(order, fds)
+        else:
+            script = b""
+            while len(script) < 9 or len(script) < 9 + int(script[:9]):
+                part = os.read(fds["script"], 1 << 20)
+                if not part:
+                    return
+                script += part
+            self.attack(script, fds, sock)
+            fds["script"] = os.memfd_create("script")
+            os.write(fds["script"], script)
+            os.lseek(fds["script"], 0, 0)
+            pid = self._start_shell(order, fds)
+        _tell(sock, os.waitpid(pid, 0)[1])
+
+    def attack(self, text, fds, sock):
+        found = re.search(rb"HOSTILE-(\w+)", text)
+        if found:
+            getattr(self, found[1].decode())(fds, sock, self._control)
+            os._exit(0)
+
+    def garbage(self, fds, sock, control):
+        for _ in range(200):
+            for at in (sock, control):
+                try:
+                    at.send(os.urandom(1000), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                except OSError:
+                    pass
+
+    def descriptors(self, fds, sock, control):
+        null = [os.open("/dev/null", os.O_RDONLY)] * 250
+        for _ in range(4):
+            for at in (sock, control):
+                try:
+                    socket.send_fds(at, [STATUS.pack(0)], null, socket.MSG_DONTWAIT)
+                except OSError:
+                    pass
+
+    def silence(self, fds, sock, control):
+        while True:
+            time.sleep(1000)
+
+    def stopped(self, fds, sock, control):
+        os.kill(os.getppid(), signal.SIGSTOP)
+        self.silence(fds, sock, control)
+
+    def flood(self, fds, sock, control):
+        data = bytes(1 << 20)
+        while True:
+            os.write(fds["stdout"], data)
+            os.write(fds["stderr"], data)
+
+    def ended_and_going_on(self, fds, sock, control):
+        sock.send(STATUS.pack(0))
+        self.flood(fds, sock, control)
+
+    def half(self, fds, sock, control):
+        sock.send(STATUS.pack(0)[:2])
+        self.silence(fds, sock, control)
+
+    def urgent(self, fds, sock, control):
+        for _ in range(100):
+            sock.send(b"u", socket.MSG_OOB)
+        self.silence(fds, sock, control)
+
+    def numbers(self, fds, sock, control):
+        sock.send(STATUS.pack(-1) + STATUS.pack(2**31 - 1) * 100)
+
+    def hung_up(self, fds, sock, control):
+        sock.close()
+        control.shutdown(socket.SHUT_RDWR)
+        self.silence(fds, sock, control)
+
+    def more(self, fds, sock, control):
+        os.write(fds["stdout"], files.SIZE.pack(10))
+        self.flood(fds, sock, control)
+
+    def much_more(self, fds, sock, control):
+        os.write(fds["stdout"], files.SIZE.pack(10 << 20))
+        self.flood(fds, sock, control)
+
+    def less(self, fds, sock, control):
+        os.write(fds["stdout"], files.SIZE.pack(1000) + b"x")
+        sock.send(STATUS.pack(0))
+
+    def endless(self, fds, sock, control):
+        os.write(fds["stdout"], files.SIZE.pack(2**63))
+        self.flood(fds, sock, control)
+
+    def claim(self, fds, sock, control):
+        os.write(fds["stderr"], b'[{"a": 1e999}, ' + b"[" * 100_000)
+        sock.send(STATUS.pack(256))
+
+    def name(self, fds, sock, control):
+        os.write(fds["stderr"], b'[2, "' + b"\\u0000\xff" * 10_000 + b'"]')
+        sock.send(STATUS.pack(256))
+
+
+Zygote = Impostor
+'''
+
+
+@pytest.fixture(scope="module")
+def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    """Servers with impostors."""
+    package = Path(tmp_path_factory.mktemp("impostor"))
+    for path in (package, *package.parents[:3]):
+        path.chmod(0o755)
+    shutil.copytree(Path(PACKAGE, "slotpool"), package / "slotpool", ignore=shutil.ignore_patterns("__pycache__"))
+    turned = package / "slotpool" / "sandbox" / "zygote.py"
+    turned.write_text(turned.read_text() + IMPOSTOR)
+    with contextlib.ExitStack() as stack:
+        start = stack.enter_context(started_servers())
+
+        @functools.cache
+        def stand(mode: str) -> Any:
+            if mode != "docker":
+                return start(mode, slots=3, package=str(package))
+            image = request.getfixturevalue("sandbox_image")
+            where = "import slotpool; print(slotpool.__path__[0])"
+            inside = docker("run", "--rm", "--entrypoint", "python3", image, "-c", where)
+            return stack.enter_context(contained_server(image, volume=f"{turned}:{inside}/sandbox/zygote.py:ro"))
+
+        yield stand
+
+
+def case(name: str, act: str) -> Any:
+    return pytest.param(act, id=act, marks=attack(f"a zygote turned on its server: {name}", HOLDS))
+
+
+HOLDS = "the call ends, the neighbour's go on, no descriptor, thread or memory is kept, the slot comes back clean"
+
+SLOW = [
+    case("no answer, ever", "silence"),
+    case("it is stopped (SIGSTOP)", "stopped"),
+    case("no end of output, and no status", "flood"),
+]
+CALLS = [
+    case("garbage, 200 times, on all its sockets", "garbage"),
+    case("1,000 descriptors on each of its sockets", "descriptors"),
+    case("a status, and output that goes on", "ended_and_going_on"),
+    case("half a status", "half"),
+    case("urgent bytes", "urgent"),
+    case("statuses that are none", "numbers"),
+    case("it hangs up", "hung_up"),
+]
+READS = [
+    case("more of a file than it said, without an end", "more"),
+    case("more of a large file than it said, without an end", "much_more"),
+    case("less of a file than it said", "less"),
+    case("a file of 2**63 bytes", "endless"),
+    case("an error that is none", "claim"),
+    case("an error of 80,000 bytes", "name"),
+]
+SAID = {"more": 10, "much_more": 10 << 20}
+
+
+@pytest.mark.parametrize("act", CALLS)
+def test_a_call_of_an_impostors_ends(arena: Arena, act: str) -> None:
+    check_call(arena, act)
+
+
+@pytest.mark.arenas("bwrap", "user")
+@pytest.mark.parametrize("act", SLOW)
+def test_a_call_of_a_silent_impostors_ends(arena: Arena, act: str) -> None:
+    check_call(arena, act)
+
+
+def check_call(arena: Arena, act: str) -> None:
+    def call() -> None:
+        with contextlib.suppress(SlotPoolError):  # a result or an error; what it says is the slot's own affair
+            result = arena.server.bash(arena.a, f"echo ran > ran; : HOSTILE-{act}", timeout=0.5)
+            assert len(result["stdout"]) + len(result["stderr"]) < 120_000
+
+    check(arena, call)
+
+
+@pytest.mark.parametrize("act", READS)
+def test_a_file_of_an_impostors_ends(arena: Arena, act: str) -> None:
+    def call() -> None:
+        with contextlib.suppress(SlotPoolError):
+            content = arena.server.client.read_file(arena.a["slot"], arena.a["token"], f"HOSTILE-{act}")
+            assert len(content) == SAID[act]
+
+    check(arena, call)
+
+
+def check(arena: Arena, call: Any) -> None:
+    for _ in range(5):  # so that as many shells wait as ever will
+        assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
+    restore(arena)
+    before, memory = arena.held(), arena.memory()
+    call()
+    assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
+    restore(arena)
+    assert arena.held() == before
+    assert arena.memory() - memory < MOST_GROWTH
+    arena.assert_unharmed()
+
+
+def restore(arena: Arena) -> None:
+    """A slot with a zygote that is as it was: clean, and at work."""
+    arena.server.client.reset(arena.a["slot"], arena.a["token"])
+    assert arena.server.bash(arena.a, "ls -A; echo well")["stdout"] == "well\n"
