@@ -129,6 +129,7 @@ class TenancyMaker:
             "cpu": by_group if self._config.max_cpus is not None else "none",
             "file_size": "rlimit" if "RLIMIT_FSIZE" in by_process else "none",
             "disk": "tmpfs" if self._config.max_disk is not None else "none",
+            "wall_time": "timeout",
         }
 
     def wait(self) -> None:

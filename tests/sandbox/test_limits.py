@@ -1,0 +1,231 @@
+"""Each limit of a slot, run into by what it limits, in each mode; and what the server says of how it is kept."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PACKAGE, ROOT, Server, StartServer
+
+from slotpool.sandbox import cgroups
+
+MODES = ["bwrap", "user", "bwrap-as-user"]
+KINDS = {"processes", "open_files", "memory", "cpu", "file_size", "disk", "wall_time"}
+MEMORY = 64 << 20
+
+
+def limits(server: Server) -> dict[str, str]:
+    told: dict[str, str] = server.client.health()["limits"]
+    assert told.keys() == KINDS
+    return told
+
+
+def python(server: Server, lease: Any, code: str) -> Any:
+    return server.bash(lease, "exec python3 -", stdin=code)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_processes_and_open_files_and_their_sizes(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, max_processes=30, max_written=1 << 20)
+    (lease,) = server.lease()
+    told = limits(server)
+    assert (told["processes"], told["open_files"], told["file_size"]) == ("rlimit", "rlimit", "rlimit")
+    started = """
+import os, signal, time
+children = []
+try:
+    while len(children) < 100:
+        pid = os.fork()
+        if not pid:
+            time.sleep(60)
+        children.append(pid)
+except OSError as e:
+    print(e.errno)
+print(len(children))
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
+"""
+    number, count = python(server, lease, started)["stdout"].split()
+    assert number == "11"  # EAGAIN
+    assert 10 < int(count) < 30
+    opened = "fds = []\ntry:\n    while 1: fds.append(open('/dev/null'))\nexcept OSError as e: print(len(fds), e.errno)"
+    count, number = python(server, lease, opened)["stdout"].split()
+    assert int(count) < 16_384
+    assert number == "24"  # EMFILE
+    written = server.bash(lease, "head -c 3000000 /dev/zero >file; stat -c %s file")
+    assert written["stdout"] == f"{1 << 20}\n"
+    with pytest.raises(OSError, match="too large"):
+        server.client.write_file(lease["slot"], lease["token"], "file", bytes(3_000_000))
+    raised = "ulimit -n 20000; ulimit -u 4000; ulimit -f unlimited; ulimit -c unlimited"
+    assert server.bash(lease, raised)["stderr"].count("cannot modify limit") == 4
+
+
+ALLOCATE = """
+import sys
+held = []
+for n in range(400):
+    held.append(b"x" * (1 << 20))
+    print(n, flush=True)
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory(start_server: StartServer, mode: str) -> None:
+    server = start_server(mode, max_memory=MEMORY)
+    one, other = server.lease(2)
+    assert limits(server)["memory"] in ("cgroup v1", "cgroup v2") if in_groups(mode) else "rlimit"
+    result = python(server, one, ALLOCATE)
+    assert result["exit_code"] != 0
+    assert 10 < len(result["stdout"].splitlines()) < MEMORY >> 20
+    assert python(server, other, ALLOCATE.replace("400", "20"))["exit_code"] == 0
+    if in_groups(mode):  # all of its processes together
+        together = "for i in 1 2 3 4; do python3 -c 'import time; b = b\"x\" * (30 << 20); time.sleep(1); print(1)' & done; wait"
+        assert len(server.bash(one, together)["stdout"].splitlines()) < 4
+    assert server.bash(other, "echo well")["stdout"] == "well\n"
+
+
+def in_groups(mode: str) -> bool:
+    """Whether a server in that mode can have control groups here."""
+    if mode == "bwrap-as-user" or not ROOT:
+        return False
+    try:
+        cgroups.find(None, None).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_processors(start_server: StartServer) -> None:
+    if not in_groups("bwrap"):
+        pytest.skip("no control groups can be had here")
+    server = start_server("bwrap", max_cpus=0.2)
+    (lease,) = server.lease()
+    assert limits(server)["cpu"] in ("cgroup v1", "cgroup v2")
+    used = (
+        "import os, time\nend = time.monotonic() + 1.5\n"
+        "for _ in range(3): os.fork()\nwhile time.monotonic() < end: pass\n"
+        "print(sum(os.times()[:2]), flush=True)"
+    )
+    result = python(server, lease, used)
+    assert sum(map(float, result["stdout"].split())) < 0.8, result  # of 3 on two processors
+
+
+def test_processors_cannot_be_limited_without_groups() -> None:
+    more: dict[str, Any] = {"user": pwd.getpwnam("nobody").pw_uid, "group": 65_534, "extra_groups": []} if ROOT else {}
+    command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--max-cpus", "0.2"]
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=60, check=False, **more)
+    assert done.returncode != 0
+    assert "max_cpus: expected control groups that this server may write" in done.stderr
+
+
+def test_disk(start_server: StartServer) -> None:
+    server = start_server("bwrap", max_disk=4 << 20)
+    one, other = server.lease(2)
+    assert limits(server)["disk"] == "tmpfs"
+    for directory in (".", "/tmp", "/var/tmp", "/dev/shm"):
+        result = server.bash(one, f"head -c 9000000 /dev/zero >{directory}/file; stat -c %s {directory}/file")
+        assert int(result["stdout"]) <= 4 << 20, directory
+        assert "No space left" in result["stderr"]
+    assert server.bash(other, "head -c 3000000 /dev/zero >file && stat -c %s file")["stdout"] == "3000000\n"
+
+
+def test_what_is_not_limited_is_said_to_be_so(start_server: StartServer) -> None:
+    server = start_server("bwrap")
+    assert limits(server) == {
+        "processes": "rlimit",
+        "open_files": "rlimit",
+        "memory": "none",
+        "cpu": "none",
+        "file_size": "none",
+        "disk": "none",
+        "wall_time": "timeout",
+    }
+    (lease,) = server.lease()
+    assert server.bash(lease, "echo begun; sleep 60", timeout=0.3)["timed_out"]
+
+
+# Version 2 on a machine that has its controllers in version 1: the files are a tmpfs's, with the kernel's rules acted out.
+
+
+@pytest.fixture
+def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A group of version 2 that this process is in."""
+    files = ("cgroup.procs", "cgroup.subtree_control", "memory.max", "memory.swap.max", "cpu.max", "cpu.weight")
+    make, write = os.mkdir, cgroups._write
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        make(path, mode)
+        for name in files:
+            Path(path, name).touch()
+
+    def removed(path: str) -> None:
+        for name in files:
+            Path(path, name).unlink()
+        remove(path)
+
+    def written(path: str, text: str) -> None:
+        if path.endswith("cgroup.subtree_control") and Path(path).with_name("cgroup.procs").read_text().strip():
+            raise OSError(16, "a group with processes gives no controllers on")
+        if path.endswith("cgroup.procs") and text == "0":
+            Path(tmp_path, "own", "cgroup.procs").write_text("")
+            text = str(os.getpid())
+        write(path, text)
+
+    remove = os.rmdir
+    monkeypatch.setattr(cgroups.os, "mkdir", mkdir)
+    monkeypatch.setattr(cgroups.os, "rmdir", removed)
+    monkeypatch.setattr(cgroups, "_write", written)
+    own = tmp_path / "own"
+    mkdir(str(own))
+    (own / "cgroup.procs").write_text(str(os.getpid()))
+    (own / "cgroup.controllers").write_text("cpu memory pids\n")
+    monkeypatch.setattr(cgroups, "_own_directory", lambda controller: str(own) if controller is None else "/nowhere")
+    return own
+
+
+def test_groups_of_version_2(hierarchy: Path) -> None:
+    found = cgroups.find(MEMORY, 0.5)
+    assert found.version == 2
+    (root,) = map(Path, found.roots)
+    assert (hierarchy / "slotpool" / "cgroup.procs").read_text() == str(os.getpid())
+    assert (hierarchy / "cgroup.subtree_control").read_text() == "+memory +cpu"
+    (joined,) = found.make("slot")
+    group = root / "slot"
+    assert joined == str(group / "cgroup.procs")
+    assert (group / "memory.max").read_text() == str(MEMORY)
+    assert (group / "memory.swap.max").read_text() == "0"
+    assert (group / "cpu.max").read_text() == "50000 100000"
+    found.remove("slot")
+    assert not group.exists()
+    found.close()
+    assert not root.exists()
+
+
+def test_a_group_that_others_are_in_is_left_as_it_is(hierarchy: Path) -> None:
+    (hierarchy / "cgroup.procs").write_text(f"{os.getpid()}\n1\n")
+    with pytest.raises(OSError, match="version 2: .*gives no controllers on"):
+        cgroups.find(MEMORY, None)
+    assert not (hierarchy / "slotpool").exists()
+
+
+def test_groups_of_a_server_that_was_killed_are_removed_by_the_next(start_server: StartServer) -> None:
+    if not in_groups("bwrap"):
+        pytest.skip("no control groups can be had here")
+    code = "from slotpool.sandbox import cgroups; g = cgroups.find(None, None); g.make('slot'); print(g.roots)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=True
+    )
+    roots = eval(done.stdout)
+    assert all(map(os.path.isdir, roots))
+    cgroups.find(None, None).close()
+    deadline = time.monotonic() + 5
+    while any(map(os.path.isdir, roots)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(os.path.isdir, roots))
