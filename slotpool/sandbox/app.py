@@ -210,7 +210,7 @@ class App:
         body = _object(environ, "calls", "wait")
         calls = body.get("calls")
         if not isinstance(calls, list) or len(calls) > MAX_BATCH or not all(isinstance(call, dict) for call in calls):
-            raise protocol.invalid("calls", f"a list of at most {MAX_BATCH} objects", calls)
+            raise protocol.invalid("calls", f"a list of at most {MAX_BATCH} objects", _kind(calls))
         parsed = [_call(call, _string(call, "slot"), _string(call, "lease")) for call in calls]
         answers, afterwards = self._held(body, lambda wait: self._host.execute(parsed, wait))
         return _json(200, {"results": [_answered(answer) for answer in answers]}, afterwards)
@@ -274,26 +274,32 @@ def _object(environ: WSGIEnvironment, *fields: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode())  # of bytes it would guess the encoding first
     except (ValueError, RecursionError) as e:
-        raise protocol.invalid("body", "JSON", f"{text[:60]!r}: {e}") from e
+        raise protocol.invalid("body", "JSON", f"{len(text)} bytes: {e}") from e
     if not isinstance(value, dict):
-        raise protocol.invalid("body", "a JSON object", value)
+        raise protocol.invalid("body", "a JSON object", _kind(value))
     for name in value:
         if name not in fields:
             raise protocol.invalid("body", "only the fields " + ", ".join(fields), name)
     return value
 
 
+def _kind(value: object) -> str:
+    """What to show of a value in which tokens may be."""
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, (str, list, dict)) else type(value).__name__
+
+
 def _string(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value or len(value) > 1000 or not value.isprintable():
-        raise protocol.invalid(name, "a printable string of 1 to 1000 characters", value)
+        got = _kind(value) if name == "lease" else value
+        raise protocol.invalid(name, "a printable string of 1 to 1000 characters", got)
     return value
 
 
 def _strings(body: dict[str, Any], name: str) -> Sequence[str]:
     value = body.get(name, [])
     if not isinstance(value, list) or len(value) > 10 * MAX_BATCH or not all(isinstance(one, str) for one in value):
-        raise protocol.invalid(name, "a list of strings", value)
+        raise protocol.invalid(name, "a list of strings", _kind(value))
     return value
 
 
