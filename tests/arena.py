@@ -194,6 +194,10 @@ class Arena:
         """The server's and all its descendants, those of slots too, with their users."""
         return {pid: _uid(pid) for pid in family(self.server.process.pid)}
 
+    def as_root(self, command: list[str]) -> str:
+        """What a command prints that root runs where the server is."""
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     def listing(self, places: list[str]) -> list[str]:
         """What is where the server is, as root sees it."""
         return [name for place in places for name in sorted(os.listdir(place))]
@@ -287,6 +291,9 @@ class Contained(Arena):
 
     def outside(self, name: str) -> str:
         return self.inside(f"find / -xdev -path '*/slots/*/workspace/{name}'").splitlines()[0]
+
+    def as_root(self, command: list[str]) -> str:
+        return docker("exec", _name_of(self.server), *command)
 
     def listing(self, places: list[str]) -> list[str]:
         return self.inside(f"ls -A {' '.join(places)}").splitlines()
@@ -450,17 +457,15 @@ def make_arena(server: Server, mode: str, a: Lease, b: Lease) -> Arena:
 
 
 @pytest.fixture
-def victim() -> Iterator[Path]:
-    """A file of this machine that everybody may read, and only the server's administrator write."""
-    directory = Path(tempfile.mkdtemp(prefix="test-isolation-", dir="/var/tmp"))
-    directory.chmod(0o755)
+def victim(arena: Arena) -> Iterator[Path]:
+    """A file where the server is that everybody may read, and only the server's administrator write."""
+    directory = Path("/var/tmp", f"test-isolation-{secrets.token_hex(4)}")
     path = directory / "victim"
-    path.write_text("unharmed")
-    path.chmod(0o644)
+    arena.as_root(["sh", "-c", f"umask 022; mkdir {directory}; printf unharmed >{path}"])
     yield path
-    assert path.read_text() == "unharmed"
-    assert os.listdir(directory) == ["victim"]
-    shutil.rmtree(directory)
+    assert arena.as_root(["cat", str(path)]) == "unharmed"
+    assert arena.listing([str(directory)]) == ["victim"]
+    arena.as_root(["rm", "-r", str(directory)])
 
 
 def family(pid: int) -> list[int]:

@@ -31,7 +31,7 @@ with open("/proc/net/unix") as f:
 """
 
 
-@attack("connect to another's Unix sockets, by path and abstract", "no connection")
+@attack("connect to another's Unix sockets, by path and abstract", "no connection", docker=True)
 def test_another_slots_sockets_cannot_be_reached(arena: Arena) -> None:
     if arena.own_users and arena.landlock < SCOPED_SOCKETS:
         pytest.skip("abstract sockets have no owner; this kernel's Landlock does not know them")

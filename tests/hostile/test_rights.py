@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
 from arena import LOOK, PYTHON, Arena
 from attacks import attack
+from conftest import ROOT
+
+from slotpool.errors import SlotBroken
 
 
 @attack("use descriptors inherited past Landlock", "there are none but 0, 1, 2", docker=True)
@@ -128,7 +135,7 @@ def test_no_right_can_be_had(arena: Arena) -> None:
     arena.assert_unharmed()
 
 
-@attack("a user namespace of one's own, and mounts in it", "no way to others' files or processes")
+@attack("a user namespace of one's own, and mounts in it", "no way to others' files or processes", docker=True)
 def test_a_user_namespace_of_ones_own_leads_nowhere(arena: Arena, victim: Path) -> None:
     """Where one can be made at all, it maps no one else."""
     code = f"""
@@ -139,7 +146,7 @@ mount -o remount,rw / && echo MOUNTED
 cat {arena.outside(arena.name)} /etc/shadow
 echo x > {victim}
 cat /proc/{arena.pid}/environ
-[ {arena.mode} = user ] && kill -0 {arena.pid} && echo SIGNALLED'
+[ {arena.own_users} = True ] && kill -0 {arena.pid} && echo SIGNALLED'
 true"""
     arena.server.bash(arena.a, "touch sleeper")
     result = arena.server.bash(arena.a, code)
@@ -190,3 +197,89 @@ def test_no_setting_of_the_kernel_can_be_written(arena: Arena) -> None:
         assert not {*inside} & {os.readlink("/proc/self/ns/ipc"), os.readlink("/proc/self/ns/pid")}
         written = [line for line in written if not OWN_SETTINGS.match(line)]
     assert written == []
+
+
+CRASH = r"""
+import resource, subprocess
+soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+attempt(resource.setrlimit, resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for name in given["links"]:
+    os.symlink(given["victim"], name)
+for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGQUIT, signal.SIGSYS):
+    done = subprocess.run(["bash", "-c", f"ulimit -c unlimited; ulimit -c hard; kill -{int(number)} $$"], stderr=subprocess.DEVNULL)
+    print("ENDED", done.returncode, resource.getrlimit(resource.RLIMIT_CORE))
+for name in os.listdir("."):
+    if name.startswith("core") and not os.path.islink(name):
+        print("DUMPED", name)
+"""
+
+
+@attack("core dumps, of its own and of the zygote, over planted links", "none is written", docker=True)
+def test_no_core_is_dumped(arena: Arena, tmp_path: Path) -> None:
+    target = arena.outside("holder.py")
+    told = arena.run(arena.a, LOOK + CRASH, given={"victim": target, "links": ["core", "core.1", "core.2"]})
+    assert told.count("ENDED") == 4
+    assert told.count("(0, 0)") == 4
+    assert "DUMPED" not in told
+    for number in ("ABRT", "SEGV", "QUIT"):
+        with contextlib.suppress(SlotBroken):  # it is the zygote that is hit
+            arena.server.bash(arena.a, f"kill -{number} $PPID; sleep 5", timeout=1.0)
+    found = arena.server.bash(arena.a, "find . /tmp /dev/shm -name 'core*' -type f 2>/dev/null")["stdout"]
+    assert found == ""
+    arena.assert_unharmed()
+    if Path("/proc/sys/kernel/core_pattern").read_text().startswith("core"):  # else whoever is named there has it
+        environment = {"NEEDLE": "x", "GIVEN": json.dumps({"links": []}), "PATH": os.environ["PATH"]}
+        raised = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)\n" if ROOT else ""
+        code = raised + LOOK + CRASH
+        control = subprocess.run([PYTHON, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert not ROOT or "DUMPED" in control.stdout, "the attack does not work"
+
+
+SET_USER_ID = r"""
+import shutil, subprocess
+for path in given["programs"]:
+    for command in ([path, "-c", "import os; print('uid', os.geteuid())"], [path, "-c", "import os; os.setuid(0); print('uid', os.geteuid())"]):
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=10)
+            print("RAN", path, done.stdout.decode())
+        except OSError as e:
+            print("REFUSED", path, e)
+own = shutil.copy(given["python"], "own")
+os.chmod(own, 0o6755)
+done = subprocess.run(["./own", "-c", "import os; print('uid', os.geteuid())"], stdout=subprocess.PIPE)
+print("RAN own", done.stdout.decode())
+"""
+
+
+@attack("run root's set-user-id programs and one with file capabilities", "they run as the slot's user", docker=True)
+def test_a_set_user_id_program_gives_nothing(arena: Arena) -> None:
+    """It is put beside the system's own, where slots can see it."""
+    if not ROOT:
+        pytest.skip("only root can make such programs")
+    plain, capable = "/usr/local/bin/slotpool-test-suid", "/usr/local/bin/slotpool-test-capable"
+    capability = "b'\\x01\\x00\\x00\\x02' + b'\\xff' * 4 + b'\\x00' * 4 + b'\\xff' * 4 + b'\\x00' * 4"  # VFS_CAP_REVISION_2
+    make = f"""import os, shutil, sys
+real = os.path.realpath(sys.executable)
+for path in {plain!r}, {capable!r}:
+    shutil.copy(real, path)
+os.chmod({plain!r}, 0o4755)
+os.chmod({capable!r}, 0o755)
+os.setxattr({capable!r}, "security.capability", {capability})
+"""
+    interpreter = arena.python if arena.mode == "docker" else PYTHON
+    arena.as_root([interpreter, "-c", make])
+    try:
+        given = {"programs": [plain, capable], "python": plain}
+        works = arena.as_root(
+            ["setpriv", "--reuid=65534", "--clear-groups", plain, "-c", "import os; print('uid', os.geteuid())"]
+        )
+        assert works == "uid 0", "the attack does not work"
+        told = arena.run(arena.a, LOOK + SET_USER_ID, given=given)
+    finally:
+        arena.as_root(["rm", "-f", plain, capable])
+    uid = int(arena.server.bash(arena.a, "id -u")["stdout"])
+    assert told.count("RAN") + told.count("REFUSED") == 5
+    assert "uid 0" not in told
+    assert f"RAN own uid {uid}" in told
+    arena.assert_unharmed()

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from arena import LOOK, PYTHON, SHARED, Arena
+from arena import LOOK, SHARED, Arena
 from attacks import attack
 
 from slotpool.errors import FileError
@@ -111,7 +111,7 @@ for path in given:
 """
 
 
-@attack("write, truncate, link, rename, chmod another's, the server's and the machine's files", "nothing is changed")
+@attack("write, truncate, link, rename, chmod another's, the server's and the machine's files", "nothing is changed", docker=True)
 def test_another_slots_files_cannot_be_changed(arena: Arena, victim: Path) -> None:
     path = Path(arena.outside(arena.name))
     server_files = [str(arena.state / "lock"), str(arena.state / "http.sock"), str(arena.state / "etc" / "passwd")]
@@ -152,7 +152,7 @@ def test_files_in_shared_directories_are_their_slots_own(arena: Arena) -> None:
     arena.assert_unharmed()
 
 
-@attack("have read_file follow symbolic links out of the workspace", "only what the slot's own code can read")
+@attack("have read_file follow symbolic links out of the workspace", "only what the slot's own code can read", docker=True)
 def test_the_file_api_reads_nothing_that_the_slots_code_could_not(arena: Arena) -> None:
     client, a = arena.server.client, arena.a
     b_file = arena.outside(arena.name)
@@ -191,7 +191,7 @@ def test_the_file_api_reads_nothing_that_the_slots_code_could_not(arena: Arena) 
     arena.assert_unharmed()
 
 
-@attack("have write_file follow symbolic links out of the workspace", "nothing outside is written")
+@attack("have write_file follow symbolic links out of the workspace", "nothing outside is written", docker=True)
 def test_the_file_api_writes_nothing_that_the_slots_code_could_not(arena: Arena, victim: Path) -> None:
     client, a = arena.server.client, arena.a
     b_file = arena.outside(arena.name)
@@ -207,7 +207,7 @@ def test_the_file_api_writes_nothing_that_the_slots_code_could_not(arena: Arena,
     }
     for name, target in links.items():
         assert arena.server.bash(a, f"ln -s {target} {name}")["exit_code"] == 0
-    before = sorted(os.listdir(arena.state)), (arena.state / "lock").read_bytes()
+    before = arena.listing([str(arena.state)]), arena.as_root(["cat", str(arena.state / "lock")])
     paths = ["victim", "victim_directory/new", "victim_directory/victim", "b", "b_directory/new", f"b_directory/{arena.name}"]
     paths += ["lock", "state/new", "state/a/b", "proc/core_pattern", "proc/new", f"root{b_file}", f"root{victim}"]
     for path in paths:
@@ -217,7 +217,7 @@ def test_the_file_api_writes_nothing_that_the_slots_code_could_not(arena: Arena,
             continue
         assert not arena.own_users, path  # a bwrap slot can have such a path in a /tmp of its own
         assert not path.startswith("proc/")
-    assert (sorted(os.listdir(arena.state)), (arena.state / "lock").read_bytes()) == before
+    assert (arena.listing([str(arena.state)]), arena.as_root(["cat", str(arena.state / "lock")])) == before
     arena.assert_unharmed()
     client.write_file(a["slot"], a["token"], "own", b"x")
     arena.server.bash(a, "ln -s own link")
@@ -225,7 +225,7 @@ def test_the_file_api_writes_nothing_that_the_slots_code_could_not(arena: Arena,
     assert client.read_file(a["slot"], a["token"], "own") == b"through"
 
 
-@attack("swap a directory for a link while files are read and written (race)", "nothing outside is read or written")
+@attack("swap a directory for a link while files are read and written (race)", "nothing outside is read or written", docker=True)
 def test_a_directory_that_becomes_a_link_meanwhile_leads_the_file_api_nowhere(arena: Arena, victim: Path) -> None:
     client, a = arena.server.client, arena.a
     b_directory = os.path.dirname(arena.outside(arena.name))
@@ -244,7 +244,7 @@ for n in itertools.cycle(range(3)):
     os.rename("d", f"link{{n}}")
 """
     client.write_file(a["slot"], a["token"], "swap.py", swap.encode())
-    arena.server.bash(a, f"{PYTHON} swap.py >/dev/null 2>&1 & until [ -e swapping ]; do sleep 0.01; done")
+    arena.server.bash(a, f"{arena.python} swap.py >/dev/null 2>&1 & until [ -e swapping ]; do sleep 0.01; done")
     wrote = 0
     # What everybody may read, the slot's own code can read too, where it sees the directory at all.
     own = arena.server.bash(a, f"cat {victim}")["stdout"].encode()
@@ -261,5 +261,5 @@ for n in itertools.cycle(range(3)):
             except FileError:
                 pass
     assert wrote, "the race was never won: nothing was tried"
-    assert (arena.state / "lock").read_bytes() == b""
+    assert arena.as_root(["cat", str(arena.state / "lock")]) == ""
     arena.assert_unharmed()

@@ -115,7 +115,7 @@ if libc.ptrace(16, zygote, None, None) == 0:
     arena.assert_unharmed()
 
 
-@pytest.mark.parametrize("mode", ISOLATED)
+@pytest.mark.parametrize("mode", [*ISOLATED, "docker"])
 @attack("kill the zygote, again and again", "the slot has a new one each time, and is clean at its end, not quarantined")
 def test_a_slot_whose_zygote_is_killed_in_quick_succession_comes_back(standing: Standing, mode: str) -> None:
     """So that what sees to one's death meets the next one's."""
