@@ -11,10 +11,8 @@ import functools
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -414,7 +412,9 @@ standing = standing_with(slots=3)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "arenas(mode, ...): instead of every isolation, and a container where an attack asks for it")
+    config.addinivalue_line(
+        "markers", "arenas(mode, ...): instead of every isolation, and a container where an attack asks for it"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

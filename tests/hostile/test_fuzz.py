@@ -28,6 +28,7 @@ from slotpool.sandbox.cell import Call, Cell
 INPUTS = int(os.environ.get("SLOTPOOL_FUZZ", "1000"))  # read here, as every test's environment is cleared of it
 TOLD = "SLOTPOOL_FUZZ" in os.environ
 PATIENT = pytest.mark.timeout(120 + INPUTS // 50)
+MOST_GROWTH = 40 << 20  # bytes of the server's memory: buffers of its threads, and never more with more inputs
 SLOTS = 8  # as many as the server has threads that clean, so that giving all back starts every one of them
 
 
@@ -210,12 +211,18 @@ class Fuzzed:
         for _ in range(3):  # whatever is made when it is first needed is made now
             self._rest()
         self._before = self._rest()
+        self._memory = self._resident()
         self.token = ""
         self.hold()
 
     def _held(self) -> tuple[int, int]:
         """Descriptors and threads of the server."""
         return tuple(len(os.listdir(f"/proc/{self.server.process.pid}/{what}")) for what in ("fd", "task"))  # type: ignore[return-value]
+
+    def _resident(self) -> int:
+        """Bytes of memory."""
+        with open(f"/proc/{self.server.process.pid}/statm", encoding="ascii") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _settled(self) -> tuple[int, int]:
         """The same, when it doesn't change any more."""
@@ -287,6 +294,10 @@ class Fuzzed:
             self._before,
             self._held(),
         )
+        grown = self._resident() - self._memory
+        if TOLD:
+            print(f"\nthe server's memory has grown by {grown >> 10} KiB")
+        assert grown < MOST_GROWTH
 
 
 @pytest.fixture

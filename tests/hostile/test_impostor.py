@@ -23,7 +23,7 @@ pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
 MOST_GROWTH = 32 << 20  # bytes of the server's memory
 
 # Put at the end of slotpool/sandbox/zygote.py.
-IMPOSTOR = r'''
+IMPOSTOR = r"""
 
 import re, time, fcntl
 
@@ -145,7 +145,7 @@ class Impostor(Zygote):
 
 
 Zygote = Impostor
-'''
+"""
 
 
 @pytest.fixture(scope="module")

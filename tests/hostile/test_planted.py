@@ -11,7 +11,7 @@ import pytest
 from arena import LOOK, Arena, standing_with
 from attacks import Figure, attack
 
-from slotpool.errors import FileError
+from slotpool.errors import ContainerLost, FileError
 
 pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
 ENTRIES = int(os.environ.get("SLOTPOOL_ENTRIES", "20000"))  # read here, as every test's environment is cleared of it
@@ -32,16 +32,14 @@ def read(arena: Arena, path: str) -> bytes | int:
     try:
         return arena.server.client.read_file(arena.a["slot"], arena.a["token"], path)
     except FileError as e:
-        assert e.errno is not None
-        return e.errno
+        return e.errno or -1
 
 
 def write(arena: Arena, path: str, content: bytes = b"planted") -> int:
     try:
         arena.server.client.write_file(arena.a["slot"], arena.a["token"], path, content)
     except FileError as e:
-        assert e.errno is not None
-        return e.errno
+        return e.errno or -1
     return 0
 
 
@@ -61,11 +59,15 @@ for n, path in enumerate(given):
 """
 
 
-@attack("hard links to another's, the server's and the machine's files, before write_file and reset", "those files stay as they are")
+@attack(
+    "hard links to another's, the server's and the machine's files, before write_file and reset", "those files stay as they are"
+)
 def test_hard_links_lead_the_file_api_to_nobody(arena: Arena) -> None:
     outside = Path(arena.outside(arena.name))
     paths = [str(outside), str(outside.with_name("ready")), str(arena.state / "lock"), "/etc/passwd", "/usr/bin/env"]
-    told = arena.run(arena.a, LOOK + LINK, given=[*paths, *(f"{directory}/{arena.name}" for directory in arena.directories[1:])])
+    told = arena.run(
+        arena.a, LOOK + LINK, given=[*paths, *(f"{directory}/{arena.name}" for directory in arena.directories[1:])]
+    )
     assert "LINKED" not in told
     do(arena, "echo mine > a; ln a b; ln a d 2>&1; mkdir dir; ln a dir/c")
     assert write(arena, "a", b"changed") == 0
@@ -83,7 +85,17 @@ def test_only_regular_files_are_read_and_written(arena: Arena) -> None:
         "ln -s /proc/self/fd/0 fd0; ln -s /proc/self/fd/1 fd1; ln -s /proc/self/fd/2 fd2; ln -s loop loop; "
         f"{arena.python} -c 'import socket; s = socket.socket(socket.AF_UNIX); s.bind(\"socket\"); s.listen()'",
     )
-    allowed = {errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+    allowed = {
+        errno.EINVAL,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENOTDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+    }
     names = do(arena, "ls").split()
     assert len(names) == 19
     for name in names:
@@ -129,8 +141,7 @@ def test_a_file_that_changes_meanwhile_ends_no_connection_and_no_slot(arena: Are
     while len(seen) < 2:  # else the race was not won
         try:
             got = read(arena, "file")
-        except Exception as e:
-            assert "before the answer's end" in str(e) or "EIO" in str(e) or "connection" in str(e), e
+        except ContainerLost:  # the connection ended amid the content, each time that it was asked for
             seen.add("cut")
             continue
         seen.add(got if isinstance(got, int) else "whole")
@@ -159,7 +170,10 @@ signal.pause()
 def test_nobody_waits_for_a_slots_locks(arena: Arena) -> None:
     assert write(arena, "hold.py", (LOOK + HOLD).encode()) == 0
     env = "NEEDLE=x GIVEN=null"
-    do(arena, f"{env} {arena.python} hold.py >log 2>&1 & for i in {{1..200}}; do [ -e held ] && exit; sleep 0.05; done; cat log")
+    do(
+        arena,
+        f"{env} {arena.python} hold.py >log 2>&1 & for i in {{1..200}}; do [ -e held ] && exit; sleep 0.05; done; cat log",
+    )
     assert do(arena, "timeout 1 cat leased; echo $?") == "124\n", "the attack does not work"
     assert read(arena, "leased") == errno.EAGAIN
     assert read(arena, "locked") == b"locked"
@@ -235,13 +249,17 @@ open("racing", "x").close()
 for n in itertools.count():
     attempt(os.mkdir, f"new{n}")
     attempt(os.symlink, given, f"new{n}/link")
-    for a, b in (("real", "d"), ("d", "real"), ("link", "d"), ("d", "link"), ("link", "real/inner/x"), ("real/inner/x", "link")):
+    for a, b in (("real", "d"), ("link", "d"), ("link", "real/inner/x")):
         attempt(os.rename, a, b)
+        attempt(os.rename, b, a)
     attempt(os.mknod, f"new{n}/f")
 """
 
 
-@attack("directories swapped for links, and new ones made, while the slot is reset (race)", "nothing outside is removed; it is clean")
+@attack(
+    "directories swapped for links, and new ones made, while the slot is reset (race)",
+    "nothing outside is removed; it is clean",
+)
 def test_a_reset_removes_nothing_outside(arena: Arena) -> None:
     outside = arena.outside(arena.name)
     places = [os.path.dirname(outside), str(arena.state)]
@@ -249,7 +267,10 @@ def test_a_reset_removes_nothing_outside(arena: Arena) -> None:
     for n in range(6):
         assert write(arena, "race.py", (LOOK + RACE).encode()) == 0
         env = f"NEEDLE=x GIVEN='\"{places[n % 2]}\"'"
-        do(arena, f"for i in 1 2; do {env} {arena.python} race.py >/dev/null 2>&1 & done; until [ -e racing ]; do sleep 0.01; done")
+        do(
+            arena,
+            f"for i in 1 2; do {env} {arena.python} race.py >/dev/null 2>&1 & done; until [ -e racing ]; do sleep 0.01; done",
+        )
         reset(arena)
         assert do(arena, "sleep 0.02; ls -A") == "", "somebody lives"
     assert arena.listing(places) == before

@@ -207,7 +207,8 @@ attempt(resource.setrlimit, resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resou
 for name in given["links"]:
     os.symlink(given["victim"], name)
 for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGQUIT, signal.SIGSYS):
-    done = subprocess.run(["bash", "-c", f"ulimit -c unlimited; ulimit -c hard; kill -{int(number)} $$"], stderr=subprocess.DEVNULL)
+    crash = f"ulimit -c unlimited; ulimit -c hard; kill -{int(number)} $$"
+    done = subprocess.run(["bash", "-c", crash], stderr=subprocess.DEVNULL)
     print("ENDED", done.returncode, resource.getrlimit(resource.RLIMIT_CORE))
 for name in os.listdir("."):
     if name.startswith("core") and not os.path.islink(name):
@@ -232,22 +233,25 @@ def test_no_core_is_dumped(arena: Arena, tmp_path: Path) -> None:
         environment = {"NEEDLE": "x", "GIVEN": json.dumps({"links": []}), "PATH": os.environ["PATH"]}
         raised = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)\n" if ROOT else ""
         code = raised + LOOK + CRASH
-        control = subprocess.run([PYTHON, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        control = subprocess.run(
+            [PYTHON, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
         assert not ROOT or "DUMPED" in control.stdout, "the attack does not work"
 
 
 SET_USER_ID = r"""
 import shutil, subprocess
+tell = "print('uid', os.geteuid())"
 for path in given["programs"]:
-    for command in ([path, "-c", "import os; print('uid', os.geteuid())"], [path, "-c", "import os; os.setuid(0); print('uid', os.geteuid())"]):
+    for code in (f"import os; {tell}", f"import os; os.setuid(0); {tell}"):
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=10)
+            done = subprocess.run([path, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=10)
             print("RAN", path, done.stdout.decode())
         except OSError as e:
             print("REFUSED", path, e)
 own = shutil.copy(given["python"], "own")
 os.chmod(own, 0o6755)
-done = subprocess.run(["./own", "-c", "import os; print('uid', os.geteuid())"], stdout=subprocess.PIPE)
+done = subprocess.run(["./own", "-c", f"import os; {tell}"], stdout=subprocess.PIPE)
 print("RAN own", done.stdout.decode())
 """
 

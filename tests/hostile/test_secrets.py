@@ -44,7 +44,13 @@ def shown(server: Server, tokens: list[str]) -> list[str]:
         try:
             act(*args)
         except SlotPoolError as e:
-            parts = [str(e), repr(e), repr(e.args), repr(vars(e)), "".join(traceback.format_exception(type(e), e, e.__traceback__))]
+            parts = [
+                str(e),
+                repr(e),
+                repr(e.args),
+                repr(vars(e)),
+                "".join(traceback.format_exception(type(e), e, e.__traceback__)),
+            ]
             told.append("\n".join(parts))
     for client in (wrong, gone):
         client.close()
@@ -63,7 +69,9 @@ def test_tokens_are_in_no_log_error_process_list_or_slot(mode: str, capfd: pytes
         errors = shown(server, tokens)
         processes = {pid: _told(pid, "cmdline") for pid in family(server.process.pid)}
         environments = {pid: _told(pid, "environ") for pid in processes if pid != server.process.pid}
-        inside = server.bash(one, "env; set; cat /proc/self/environ /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null")["stdout"]
+        inside = server.bash(one, "env; set; cat /proc/self/environ /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null")[
+            "stdout"
+        ]
         own = _told(server.process.pid, "environ")
         server.bash(one, "sleep 60 &")
         (lost,) = server.client.lease("test", 0.1, 1)["leases"] or [stale]  # one that expires, if there is any

@@ -111,7 +111,9 @@ for path in given:
 """
 
 
-@attack("write, truncate, link, rename, chmod another's, the server's and the machine's files", "nothing is changed", docker=True)
+@attack(
+    "write, truncate, link, rename, chmod another's, the server's and the machine's files", "nothing is changed", docker=True
+)
 def test_another_slots_files_cannot_be_changed(arena: Arena, victim: Path) -> None:
     path = Path(arena.outside(arena.name))
     server_files = [str(arena.state / "lock"), str(arena.state / "http.sock"), str(arena.state / "etc" / "passwd")]
@@ -225,7 +227,9 @@ def test_the_file_api_writes_nothing_that_the_slots_code_could_not(arena: Arena,
     assert client.read_file(a["slot"], a["token"], "own") == b"through"
 
 
-@attack("swap a directory for a link while files are read and written (race)", "nothing outside is read or written", docker=True)
+@attack(
+    "swap a directory for a link while files are read and written (race)", "nothing outside is read or written", docker=True
+)
 def test_a_directory_that_becomes_a_link_meanwhile_leads_the_file_api_nowhere(arena: Arena, victim: Path) -> None:
     client, a = arena.server.client, arena.a
     b_directory = os.path.dirname(arena.outside(arena.name))

@@ -85,7 +85,9 @@ def test_memory(start_server: StartServer, mode: str) -> None:
     assert 10 < len(result["stdout"].splitlines()) < MEMORY >> 20
     assert python(server, other, ALLOCATE.replace("400", "20"))["exit_code"] == 0
     if in_groups(mode):  # all of its processes together
-        together = "for i in 1 2 3 4; do python3 -c 'import time; b = b\"x\" * (30 << 20); time.sleep(1); print(1)' & done; wait"
+        together = (
+            "for i in 1 2 3 4; do python3 -c 'import time; b = b\"x\" * (30 << 20); time.sleep(1); print(1)' & done; wait"
+        )
         assert len(server.bash(one, together)["stdout"].splitlines()) < 4
     assert server.bash(other, "echo well")["stdout"] == "well\n"
 
@@ -179,8 +181,8 @@ def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write(path, text)
 
     remove = os.rmdir
-    monkeypatch.setattr(cgroups.os, "mkdir", mkdir)
-    monkeypatch.setattr(cgroups.os, "rmdir", removed)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    monkeypatch.setattr(os, "rmdir", removed)
     monkeypatch.setattr(cgroups, "_write", written)
     own = tmp_path / "own"
     mkdir(str(own))
@@ -210,7 +212,7 @@ def test_groups_of_version_2(hierarchy: Path) -> None:
 
 def test_a_group_that_others_are_in_is_left_as_it_is(hierarchy: Path) -> None:
     (hierarchy / "cgroup.procs").write_text(f"{os.getpid()}\n1\n")
-    with pytest.raises(OSError, match="version 2: .*gives no controllers on"):
+    with pytest.raises(OSError, match=r"version 2: .*gives no controllers on"):
         cgroups.find(MEMORY, None)
     assert not (hierarchy / "slotpool").exists()
 
