@@ -183,9 +183,7 @@ print(json.dumps(counts))
 """
 
 
-@attack(
-    "the server's port, its token stolen: guess a victim's lease token, 1,000 times", "none is right"
-)
+@attack("the server's port, its token stolen: guess a victim's lease token, 1,000 times", "none is right")
 def test_a_lease_token_cannot_be_guessed(reached: Arena) -> None:
     arena, a, b = reached, reached.a, reached.b
     bearer = f"Authorization: Bearer {arena.server.token}"
