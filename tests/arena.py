@@ -333,7 +333,8 @@ def contained_server(image: str, *args: str, volume: str = "") -> Iterator[Serve
     )
     assert process.stdout is not None
     with process.stdout:
-        assert process.stdout.readline().startswith(b"http://"), "the container has ended at once"
+        if not process.stdout.readline().startswith(b"http://"):
+            raise AssertionError(f"the container has ended at once, with {process.wait(30)}")
     address = "http://" + docker("port", name, "8080/tcp").splitlines()[0]
     server = Server(process, SandboxClient(address, token, connections=100), address, token, "user")
     try:
@@ -373,7 +374,7 @@ def sandbox_image() -> Iterator[str]:
         pytest.skip(why_no_docker())
     if not image.exists("python:3.11-slim"):
         pytest.skip("the base image is not here, and tests don't pull")
-    name = "slotpool-test-hostile:local"
+    name = f"slotpool-test-{secrets.token_hex(4)}:local"  # another test run may remove its own beside this one
     image.build(name)
     yield name
     docker("image", "rm", "-f", name)

@@ -19,7 +19,7 @@ from conftest import PACKAGE, started_servers
 
 from slotpool.errors import SlotPoolError
 
-pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
+pytestmark = pytest.mark.arenas("bwrap", "docker")  # in a container it is mode user
 MOST_GROWTH = 32 << 20  # bytes of the server's memory
 
 # Put at the end of slotpool/sandbox/zygote.py.
@@ -208,7 +208,7 @@ def test_a_call_of_an_impostors_ends(arena: Arena, act: str) -> None:
     check_call(arena, act)
 
 
-@pytest.mark.arenas("bwrap", "user")
+@pytest.mark.arenas("user")
 @pytest.mark.parametrize("act", SLOW)
 def test_a_call_of_a_silent_impostors_ends(arena: Arena, act: str) -> None:
     check_call(arena, act)

@@ -14,7 +14,7 @@ from attacks import Figure, attack
 from slotpool.errors import ContainerLost, FileError
 
 pytestmark = pytest.mark.arenas("bwrap", "user", "docker")
-ENTRIES = int(os.environ.get("SLOTPOOL_ENTRIES", "20000"))  # read here, as every test's environment is cleared of it
+ENTRIES = int(os.environ.get("SLOTPOOL_ENTRIES", "6000"))  # read here, as every test's environment is cleared of it
 MOST_GROWTH = 64 << 20  # bytes of the server's memory
 MOST_TIMES_SLOWER = 10
 standing = standing_with(slots=3)

@@ -378,6 +378,7 @@ def flood(name: str, code: str, least: int) -> Any:
     return pytest.param(code, least, id=name, marks=attack(f"the server's port: {name}", holds))
 
 
+@pytest.mark.arenas("bwrap", "docker")
 @pytest.mark.parametrize(
     ("code", "least"),
     [
