@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arena import LOOK, SHARED, Arena
+from arena import LOOK, PYTHON, SHARED, Arena, Contained, Standing, standing_with
 from attacks import attack
 from conftest import ISOLATED, StartServer, wait_until
+
+single = standing_with(slots=1)
 
 LEAVE = r"""
 secret = ("B-SEC" + "RET-" + "0" * 32).encode()
@@ -57,7 +59,7 @@ for act in ("ignore", "stop", "plain"):
         open(f"running-{act}", "w").close()
         if act == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        os.execv("/usr/bin/python3", ["/usr/bin/python3", "-c", "import time; time.sleep(1000)", name])
+        os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(1000)", name])
 while not all(os.path.exists(f"running-{act}") for act in ("ignore", "stop", "plain")):
     time.sleep(0.01)
 print(json.dumps({"port": listener.getsockname()[1], "uid": os.getuid()}))
@@ -106,14 +108,15 @@ with open("/proc/net/unix") as f:
 )
 @pytest.mark.parametrize("queue", [False, True], ids=["", "queue"])
 @pytest.mark.parametrize("end", ["release", "reset"])
-@pytest.mark.parametrize("mode", ISOLATED)
+@pytest.mark.parametrize("mode", [*ISOLATED, "docker"])
 def test_the_next_lease_finds_nothing_of_the_last(
-    start_server: StartServer, remains: list[str], mode: str, end: str, queue: bool
+    single: Standing, remains: list[str], mode: str, end: str, queue: bool
 ) -> None:
-    server = start_server(mode, slots=1)
+    server = single(mode)
     (lease,) = server.lease()
     name, key = f"of-b-{secrets.token_hex(8)}", secrets.randbelow(1 << 30) + 1
-    arena = Arena(server, mode, lease, lease, "", name, key, 0)
+    kind, python = (Contained, "python3") if mode == "docker" else (Arena, PYTHON)
+    arena = kind(server, mode, lease, lease, "", name, key, 0, python)
     given: dict[str, Any] = {"name": name, "key": key, "port": 0, "queue": queue}
     remains += [name, str(key)]
     told = json.loads(arena.run(lease, LOOK + LEAVE, given=given))
@@ -139,8 +142,9 @@ def test_the_next_lease_finds_nothing_of_the_last(
     # In user mode the directories are the machine's own; nothing may be left where the next lease can't see it either.
     alive = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if name in _text(path)]
     assert alive == []
-    for directory in SHARED:
-        assert not [path for path in os.listdir(directory) if name in path]
+    assert not [path for path in arena.listing(list(SHARED)) if name in path]
+    server.client.lease("test", 30.0, 0, [lease["token"]])
+    assert server.free(1)
 
 
 def _text(path: Path) -> str:
