@@ -103,7 +103,7 @@ def test_tokens_are_in_nothing_that_a_pool_shows(mode: str, caplog: pytest.LogCa
     with SlotPool(config) as pool, pool.slot() as slot:
         lease = slot._tenure.token
         told = [repr(config), str(config), repr(pool), repr(slot), str(slot), str(pool.get_stats()), repr(slot.bash("env"))]
-        for command in ("kill -9 -1", "exit 3"):
+        for command in ("kill -9 -1; sleep 60", "exit 3"):
             with pytest.raises(SlotPoolError) as error:
                 slot.bash(command, check=True)
             told.append(repr(error.value) + repr(vars(error.value)))

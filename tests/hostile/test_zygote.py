@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from arena import LOOK, PYTHON, Arena, Standing
 from attacks import attack
 from conftest import ISOLATED, StartServer
 
 from slotpool.errors import SlotBroken
+from slotpool.sandbox import zygote
 
-TAKE_DESCRIPTORS = r"""
+TAKE_DESCRIPTORS = (
+    f"talk = {zygote.TALK}"
+    + r"""
 for pid in given or [pid for pid in visible() if pid != os.getppid()]:
     try:
         pidfd = os.pidfd_open(pid)
@@ -20,15 +25,17 @@ for pid in given or [pid for pid in visible() if pid != os.getppid()]:
         if fd < 0:
             continue
         mode, target = os.fstat(fd).st_mode, os.readlink(f"/proc/self/fd/{fd}")
-        if not stat.S_ISFIFO(mode) and target != "/dev/null":
+        talks = n == talk and stat.S_ISSOCK(mode)  # where a waiting shell hears its command, and tells how that ended
+        if not stat.S_ISFIFO(mode) and target != "/dev/null" and not talks:
             print("TAKEN", pid, n, target)
             if stat.S_ISREG(mode):
                 attempt(os.write, fd, ("PLANTED" + "-IN-THE-LOG\n").encode())
         os.close(fd)
 """
+)
 
 
-@attack("take the server's descriptors, its log, from the slot's own helpers", "none but pipes")
+@attack("take the server's descriptors, its log, from the slot's own helpers", "none but pipes, and the sockets of shells")
 @pytest.mark.parametrize("mode", ISOLATED)
 def test_no_descriptor_of_the_server_can_be_taken_from_a_process_in_the_slot(
     start_server: StartServer, mode: str, capfd: pytest.CaptureFixture[str]
@@ -44,6 +51,43 @@ def test_no_descriptor_of_the_server_can_be_taken_from_a_process_in_the_slot(
     logged = capfd.readouterr().err
     assert taken == []
     assert "PLANTED-IN-THE-LOG" not in logged
+
+
+TALK_FOR_SHELLS = (
+    f"talk = {zygote.TALK}"
+    + r"""
+taken = []
+for pid in visible():
+    pidfd = attempt(os.pidfd_open, pid)
+    fd = libc.syscall(438, pidfd, talk, 0) if pidfd is not None else -1  # pidfd_getfd
+    if fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode):
+        taken.append(socket.socket(fileno=fd))
+for sock in taken:
+    sock.setblocking(False)
+    attempt(socket.send_fds, sock, [b"1234\n"], [0] * 100)
+    while attempt(sock.send, b"x" * 65536):
+        pass
+print("TOLD", len(taken))
+"""
+)
+
+
+@attack("take a waiting shell's socket, tell nonsense in its name, without end and with descriptors", "calls go on as before")
+@pytest.mark.parametrize("mode", ISOLATED)
+def test_what_is_told_in_a_shells_name_is_bounded_and_needs_no_trust(standing: Standing, mode: str) -> None:
+    server = standing(mode)
+    (lease,) = server.lease()
+    arena = Arena(server, mode, lease, lease, "", "", 0, 0)
+    descriptors = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    told = arena.run(lease, LOOK + TALK_FOR_SHELLS)
+    assert "TOLD" in told
+    assert "TOLD 0" not in told, "the attack does not work"
+    for _ in range(5):
+        result = server.bash(lease, "echo well; exit 3")
+        assert (result["stdout"], result["exit_code"]) == ("well\n", 3)
+    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < descriptors + 50
+    server.client.lease("test", 30.0, 0, [lease["token"]])
+    assert server.free(3)
 
 
 # Another process in the slot also has the nursery's socket, if it inherits it: what a slot could do with that.
@@ -123,7 +167,7 @@ def test_a_slot_whose_zygote_is_killed_in_quick_succession_comes_back(standing: 
     (lease,) = server.lease()
     for _ in range(40):
         with pytest.raises(SlotBroken):
-            server.bash(lease, "kill -9 -1")
+            server.bash(lease, "kill -9 -1; sleep 60")
     assert server.bash(lease, "echo well")["stdout"] == "well\n"
     server.client.lease("test", 30.0, 0, [lease["token"]])
     assert server.free(3)
