@@ -28,6 +28,7 @@ from slotpool import SlotPool
 from slotpool.sandbox.app import App
 from slotpool.sandbox.front import Front
 from slotpool.sandbox.leases import LeaseTable
+from slotpool.sandbox.tally import Tally
 
 ROUNDS = 2000
 
@@ -42,6 +43,7 @@ class HollowHost:
         for i in range(slots):
             self._table.ready(f"slot_{i}")
         self.boot_id = secrets.token_hex(8)
+        self.tally = Tally()
 
     def lease(self, owner: str, ttl: float, take: int, release: Sequence[str], wait: float) -> dict[str, Any]:
         with self._lock:
