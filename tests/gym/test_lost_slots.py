@@ -167,4 +167,5 @@ def test_an_action_that_breaks_the_reward_ends_the_episode_only(pool: SlotPool) 
         assert (reward, truncated) == (0.0, True)
         assert info["truncated_by"].startswith("SlotBroken: ")
         assert info["result"].success
+        assert pool.acquired_slots == 0
         env.reset()
