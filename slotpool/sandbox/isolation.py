@@ -28,6 +28,7 @@ _ETC = (
     "ld.so.cache ld.so.conf ld.so.conf.d localtime magic mime.types nsswitch.conf os-release pki profile profile.d protocols "
     "resolv.conf services ssl terminfo timezone"
 ).split()
+_MANY = 16  # entries of a directory
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/pts")
 _SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -46,7 +47,7 @@ class Place:
     """What one sandbox is made for."""
 
     directory: str  # of the lease, on this machine: `workspace` and, in user mode, `tmp` are in it
-    etc: str  # what a bwrap slot has as /etc, see write_etc
+    etc: Sequence[tuple[str, str]]  # what a bwrap slot sees below /etc, see make_etc
     uid: int
     gid: int
     killer: int  # see Order
@@ -146,7 +147,8 @@ class Isolation:
                 args += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 args += ["--ro-bind", path, path]
-        args += ["--ro-bind", place.etc, "/etc"]
+        for source, target in place.etc:
+            args += ["--ro-bind", source, target]
         disk = self.limits.max_disk
         size = ["--size", str(disk)] if disk is not None else []
         args += ["--proc", "/proc", "--dev", "/dev", "--dir", "/run"]
@@ -176,15 +178,20 @@ def _processes_counted_by_namespace() -> bool:
     return (int(major), int("".join(itertools.takewhile(str.isdigit, minor)))) >= (5, 14)
 
 
-def write_etc(directory: str) -> None:
-    """Make the ``/etc`` of bwrap's slots in ``directory``: a copy of the harmless part, and a user for the slot."""
+def make_etc(directory: str, machine: str = "/etc") -> list[tuple[str, str]]:
+    """Make the ``/etc`` of bwrap's slots: the harmless part, and a user for the slot.
+
+    :param directory: is made, for what has to be copied.
+    :param machine: whose it is a part of.
+    :return: what to show there, and where, in that order.
+    """
+    shown = [(directory, "/etc")]
     os.mkdir(directory, 0o755)
     for name in _ETC:
-        source = os.path.join("/etc", name)
-        target = os.path.join(directory, name)
+        source, target = os.path.join(machine, name), os.path.join(directory, name)
         try:
             if os.path.isdir(source):
-                shutil.copytree(source, target, symlinks=True, ignore=_unreadable, ignore_dangling_symlinks=True)
+                shown += _copy_public(source, target, f"/etc/{name}")
             else:
                 shutil.copyfile(source, target)
                 os.chmod(target, 0o644)
@@ -196,16 +203,49 @@ def write_etc(directory: str) -> None:
     ):
         with open(os.path.join(directory, name), "w", encoding="utf-8") as f:
             f.write(text)
+    return shown
 
 
-def _unreadable(directory: str, names: list[str]) -> list[str]:
-    """Leave out what is not for everybody to read: private keys below /etc/ssl, say. Their directories are 0700."""
+def _copy_public(source: str, target: str, inner: str) -> list[tuple[str, str]]:
+    """Copy what is for everybody to read: not private keys below /etc/ssl, say. Their directories are 0700.
 
-    def is_private(name: str) -> bool:
-        path = os.path.join(directory, name)
-        return not os.path.islink(path) and not os.stat(path).st_mode & 0o004
+    A large directory, of certificates, say, with nothing else below it is shown as it is: copying it would take a server longer
+    than all the rest of its start.
 
-    return [name for name in names if is_private(name)]
+    :param inner: where a slot sees it.
+    """
+    os.mkdir(target, 0o755)
+    entries, all_public = _below(source)
+    if entries > _MANY and all_public:
+        return [(source, inner)]
+    shown = []
+    with os.scandir(source) as found:
+        for entry in found:
+            copy = os.path.join(target, entry.name)
+            if not _is_public(entry):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shown += _copy_public(entry.path, copy, f"{inner}/{entry.name}")
+            else:
+                shutil.copyfile(entry.path, copy, follow_symlinks=False)
+    return shown
+
+
+def _below(directory: str) -> tuple[int, bool]:
+    """How much there is, and whether all is for everybody to read."""
+    count, public = 0, True
+    with os.scandir(directory) as found:
+        for entry in found:
+            count += 1
+            public = public and _is_public(entry)
+            if public and entry.is_dir(follow_symlinks=False):
+                more, public = _below(entry.path)
+                count += more
+    return count, public
+
+
+def _is_public(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() or entry.stat().st_mode & 0o004 != 0
 
 
 def choose(

@@ -66,6 +66,7 @@ class TenancyMaker:
         self._config = config
         self._serial = itertools.count()
         self._users: UserBlock | None = None
+        self._etc: list[tuple[str, str]] = []
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
         self._groups = self._find_groups()
         try:
@@ -76,7 +77,8 @@ class TenancyMaker:
             raise
         try:
             os.mkdir(self._slots_dir, 0o711)
-            isolation.write_etc(self._etc)
+            if config.isolation in ("auto", "bwrap"):
+                self._etc = isolation.make_etc(os.path.join(self._state.path, "etc"))
             self.isolation = isolation.choose(config.isolation, self._try_out, self._limits(), config.readonly_paths)
         except BaseException:
             self.close()
@@ -86,7 +88,6 @@ class TenancyMaker:
         self._state = StateDirectory(self._config.state_dir)
         self.socket_path = os.path.join(self._state.path, "http.sock")
         self._slots_dir = os.path.join(self._state.path, "slots")
-        self._etc = os.path.join(self._state.path, "etc")
         if os.geteuid() == 0 and self._config.isolation != "none":
             self._users = UserBlock()
         # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
