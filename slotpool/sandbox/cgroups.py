@@ -53,7 +53,11 @@ class Groups:
             raise
 
     def make(self, name: str) -> list[str]:
-        """Make a sandbox's groups; the files to which a process writes ``0`` to be in them.
+        """Make a sandbox's groups; the files to which a process of one thread writes ``0`` to be in them.
+
+        That is ``tasks`` in version 1: while a whole process moves, which took 12 ms, the kernel lets none start or end on the
+        whole machine. A thread that moves itself hinders nobody, and took 0.2 ms (Linux 6.18, kernel/cgroup/cgroup.c,
+        cgroup_procs_write_start). Version 2 has nothing like it between groups with controllers.
 
         :raises OSError: nothing is left then.
         """
@@ -72,7 +76,7 @@ class Groups:
             for directory in made:
                 os.rmdir(directory)
             raise
-        return [f"{directory}/cgroup.procs" for directory in made]
+        return [f"{directory}/{'tasks' if self.version == 1 else 'cgroup.procs'}" for directory in made]
 
     def remove(self, name: str) -> None:
         """Remove them, if nothing is in them any more; else :meth:`close` does."""
