@@ -180,8 +180,9 @@ class _Work(Generic[Item, Value]):
         self.done: queue.SimpleQueue[tuple[int, _Outcome[Value]] | None] = queue.SimpleQueue()
         self._has_failed = False  # the source; so it has no more
         self._taking = threading.Lock()  # guards _source, which is the caller's own code and may take its time
-        self._released = threading.Condition()  # guards the next two; told when _slots gets less
+        self._released = threading.Condition()  # guards the next three; told when _slots gets less
         self._slots: set[Slot] = set()  # of items under way
+        self._given_back = 0  # how often _slots got less
         self.running = 0  # threads
         self.is_stopped = False
         self.is_awaited = False
@@ -233,14 +234,16 @@ class _Work(Generic[Item, Value]):
                 self._done_with(slot)
 
     def _slot(self) -> Slot:
-        """One for an item; waited for as long as other items hold some."""
+        """One for an item; waited for as long as other items hold some, and then for the pool's ``acquire_timeout``."""
         while True:
+            given_back = self._given_back
             try:
                 slot = self._pool.acquire(setup=self._setup)
                 break
             except AcquireTimeout:
                 with self._released:
-                    if not self._slots or self.is_stopped:
+                    others = bool(self._slots) or self._given_back != given_back
+                    if not others or self.is_stopped:
                         raise
         with self._released:
             self._slots.add(slot)
@@ -254,6 +257,7 @@ class _Work(Generic[Item, Value]):
         slot.release()
         with self._released:
             self._slots.discard(slot)
+            self._given_back += 1
             self._released.notify_all()
 
     def stop(self) -> None:

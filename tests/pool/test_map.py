@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import servers, wait_until
 
-from slotpool import CommandFailed, ContainerLost, InvalidRequest, LeaseLost, Slot, SlotPool
+from slotpool import AcquireTimeout, CommandFailed, ContainerLost, InvalidRequest, LeaseLost, Slot, SlotPool, mapping
 from slotpool.errors import PoolClosed, SetupFailed
 
 
@@ -236,6 +237,28 @@ def test_a_slot_is_waited_for_as_long_as_another_item_has_one() -> None:
         timer.start()
         assert list(pool.map(run, range(3))) == [0, 1, 2]
         timer.join()
+
+
+def test_and_then_for_as_long_as_the_pool_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, given_back = threading.Event(), threading.Event()
+    acquire, done_with = SlotPool.acquire, mapping._Work._done_with
+    calls = itertools.count()
+
+    def acquire_late(self: SlotPool, **given: Any) -> Slot:
+        if next(calls) == 1:  # its time runs out just after the other item's slot was given back
+            waiting.set()
+            assert given_back.wait(30)
+            raise AcquireTimeout("no slot became free")
+        return acquire(self, **given)
+
+    def done_and_told(self: mapping._Work[int, int], slot: Slot) -> None:
+        done_with(self, slot)
+        given_back.set()
+
+    monkeypatch.setattr(SlotPool, "acquire", acquire_late)
+    monkeypatch.setattr(mapping._Work, "_done_with", done_and_told)
+    with SlotPool(slots_per_container=2, max_containers=1) as pool:
+        assert list(pool.map(lambda s, item: waiting.wait(30) and item, range(2))) == [0, 1]
 
 
 def test_ctrl_c_stops_it_and_leaves_the_pool_well(pool: SlotPool) -> None:
