@@ -12,11 +12,21 @@ import logging
 import sys
 
 from ..errors import SlotPoolError
-from .serve import ServeConfig, serve
-from .tenancies import HostConfig
+from .nursery_process import NurseryProcess
 
 
 def main() -> None:
+    nursery = NurseryProcess()
+    try:
+        _serve(nursery)
+    finally:
+        nursery.close()
+
+
+def _serve(nursery: NurseryProcess) -> None:
+    from .serve import ServeConfig, serve  # while the nursery starts, on another core
+    from .tenancies import HostConfig
+
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     line = sys.stdin.buffer.readline()
     if not line:
@@ -27,7 +37,7 @@ def main() -> None:
     settings["readonly_paths"] = tuple(settings["readonly_paths"])
     config = ServeConfig(HostConfig(**settings), listen=None, token=token, parent=parent)
     try:
-        serve(config, lambda address: print(json.dumps({"ready": address}), flush=True))
+        serve(config, lambda address: print(json.dumps({"ready": address}), flush=True), nursery)
     except SlotPoolError as e:
         print(json.dumps({"failed": type(e).__name__, "message": str(e)}), flush=True)
         sys.exit(1)

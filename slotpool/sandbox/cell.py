@@ -1,4 +1,4 @@
-"""The server's hands on sandboxes: the nursery's process, one sandbox (a *cell*), one call in it.
+"""The server's hands on sandboxes: one of them (a *cell*), one call in it.
 
 A slot gets a new cell for each lease: when a lease ends, its sandbox is destroyed as a whole, so nothing of it is left
 to be cleaned but the workspace.
@@ -15,17 +15,15 @@ import os
 import select
 import socket
 import struct
-import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Callable
 
 from ..errors import SandboxStartFailed
 from . import linux, nursery, zygote
 from .confine import Order
+from .nursery_process import NurseryProcess
 from .undertaker import Undertaker
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
@@ -35,61 +33,27 @@ _PIPE_CHUNK = 1 << 20  # as wide as a pipe may be made by any user, see pipe(7)
 _F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
 
 
-class NurseryProcess:
-    """The running nursery. Thread-safe."""
+def spawn(nursery: NurseryProcess, order: Order) -> Cell:
+    """Have a sandbox made; returns when a zygote stands in it.
 
-    def __init__(self, directory: str, groups: Sequence[str], locks: Sequence[int]) -> None:
-        """Start it. When it ends, after every sandbox, it removes ``directory`` and ``groups``, and lets go of ``locks``."""
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with near, far:
-            package_root = str(Path(__file__).resolve().parents[2])
-            bootstrap = (
-                "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
-            )
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), directory, *groups],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[far.fileno(), *locks],
-                start_new_session=True,
-                # Python itself may need that one; nothing else of the server's environment goes into sandboxes.
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-                cwd="/",
-            )
-            self._control = near.dup()
-        self.undertaker = Undertaker()
-
-    def spawn(self, order: Order) -> Cell:
-        """Make a sandbox; returns when a zygote stands in it.
-
-        :raises SandboxStartFailed: with the reason. Nothing is left of the attempt.
-        """
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with far, far_lifeline:
-            try:
-                socket.send_fds(self._control, [json.dumps(order).encode()], [far.fileno(), far_lifeline.fileno()])
-            except OSError as e:
-                near.close()
-                lifeline.close()
-                raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
-        cell = Cell(order, near, lifeline, self.undertaker)
+    :raises SandboxStartFailed: with the reason. Nothing is left of the attempt.
+    """
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with far, far_lifeline:
         try:
-            cell.wait_ready()
+            nursery.order(order, far, far_lifeline)
         except BaseException:
-            cell.destroy()
+            near.close()
+            lifeline.close()
             raise
-        return cell
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        self._process.wait()
-
-    def close(self) -> None:
-        """End every sandbox and the nursery; returns when it has ended."""
-        self._control.close()
-        self.wait()
-        self.undertaker.stop()
+    cell = Cell(order, near, lifeline, nursery.undertaker)
+    try:
+        cell.wait_ready()
+    except BaseException:
+        cell.destroy()
+        raise
+    return cell
 
 
 class Cell:

@@ -17,6 +17,7 @@ from ..errors import SandboxStartFailed
 from . import logs, protocol, tools, zygote
 from .capture import Driver, Job
 from .leases import Lease, LeaseTable
+from .nursery_process import NurseryProcess
 from .protocol import CallRequest, RequestFailed
 from .run import Answer, Run
 from .tally import Tally
@@ -38,15 +39,16 @@ def _drive(driver: Driver) -> None:
 class Host:
     """Thread-safe. The lease table says what holds; what is slow is done outside its lock."""
 
-    def __init__(self, config: HostConfig) -> None:
+    def __init__(self, config: HostConfig, nursery: NurseryProcess) -> None:
         """Choose the isolation and begin to make the slots ready.
 
+        :param nursery: one that was just started, and ends with this.
         :raises IsolationUnavailable, StartFailed: nothing is left then.
         """
         self.config = config
         self.boot_id = secrets.token_hex(8)
         self.tally = Tally()
-        self._maker = TenancyMaker(config)
+        self._maker = TenancyMaker(config, nursery)
         self.isolation = self._maker.isolation
         self.socket_path = self._maker.socket_path
         names = [f"slot_{i}" for i in range(config.slots)]

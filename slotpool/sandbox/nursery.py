@@ -3,14 +3,14 @@
 It is small and single-threaded, so that forking it is cheap and safe, and holds no secret that a fork could carry into a
 slot. Each sandbox's zygote is forked from here, so a slot costs a fork, not an interpreter's start.
 
-Each message on the control socket (``SOCK_SEQPACKET``, its descriptor is the first argument) asks for one sandbox: a
-JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the zygote's control socket and a *lifeline*.
-The sandbox lives as long as the other side keeps its end of the lifeline open for writing. Then every process of it is killed,
-and :data:`DEAD` on the lifeline says that none is left, with descriptors of the namespaces that it had, for the other side to
-close; an end of file without it says that nobody could make sure.
+The first message on the control socket (``SOCK_SEQPACKET``, its descriptor is the argument) tells what to clear up in the end:
+a JSON list of the server's directory and its control groups, with descriptors that are locks, to be held till then. Each
+further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the
+zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
+writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the
+namespaces that it had, for the other side to close; an end of file without it says that nobody could make sure.
 
-When the server is gone, however it went, all sandboxes are ended, and its directory, the second argument, and its control
-groups, the further ones, are removed.
+When the server is gone, however it went, all sandboxes are ended, and its directory and its control groups are removed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ from .poller import Poller
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
+_MOST_LOCKS = 16
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
 
 
@@ -382,16 +384,23 @@ KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "b
 
 
 def main(argv: list[str]) -> None:
-    control, directory = _keep_to_ourselves(int(argv[0])), argv[1]
+    control = socket.socket(fileno=_keep_to_ourselves(int(argv[0])))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.umask(0o022)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     linux.set_child_subreaper()
     linux.set_dumpable(False)
+    told, _locks = linux.receive(control, 1 << 16, _MOST_LOCKS)  # which last as long as this process
+    if not told:
+        return  # the server has not come so far
+    directory, *groups = json.loads(told)
     gc.freeze()
-    Nursery(socket.socket(fileno=control)).run()
+    Nursery(control).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
-    for groups in argv[2:]:
-        cgroups.remove_all(groups)
+    for root in groups:
+        cgroups.remove_all(root)
 
 
 def _keep_to_ourselves(control: int) -> int:

@@ -18,6 +18,7 @@ from ..errors import StartFailed
 from .app import App
 from .front import Front
 from .host import Host
+from .nursery_process import NurseryProcess
 from .tenancies import HostConfig
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ class ServeConfig:
     tls_key: str | None = None  # file of its key, if that is not in the same one
 
 
-def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
+def serve(config: ServeConfig, on_ready: Callable[[str], None], nursery: NurseryProcess | None = None) -> None:
     """Serve until SIGTERM, SIGINT, or the end of ``config.parent``; in the main thread.
 
     :param on_ready: called with the address once it listens.
+    :param nursery: one that was just started, and ends with this; by default, one is.
     :raises StartFailed: nothing is left of the attempt.
     """
     if config.token is None and config.listen is not None and config.listen not in _LOOPBACK:
@@ -63,7 +65,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
     _on_signals(_leave)
     try:
-        host = Host(config.host)
+        host = Host(config.host, nursery or NurseryProcess())
     except OSError as e:  # a full disk, say
         raise StartFailed(f"the server could not start: {e}") from e
     try:

@@ -13,9 +13,10 @@ import attr
 
 from ..errors import SandboxStartFailed, StartFailed
 from . import cgroups, isolation, trees
-from .cell import Cell, NurseryProcess
+from .cell import Cell, spawn
 from .executions import Executions
 from .isolation import Isolation, Limits, Place
+from .nursery_process import NurseryProcess
 from .protocol import RequestFailed
 from .state import StateDirectory
 from .tools import Setting
@@ -58,42 +59,43 @@ class Tenancy:
 class TenancyMaker:
     """This server's directory, its users and its nursery. Thread-safe."""
 
-    def __init__(self, config: HostConfig) -> None:
+    def __init__(self, config: HostConfig, nursery: NurseryProcess) -> None:
         """Choose the isolation.
 
+        :param nursery: one that was just started, and ends with this.
         :raises IsolationUnavailable, StartFailed: nothing is left then.
         """
         self._config = config
+        self._nursery = nursery
         self._serial = itertools.count()
+        self._state: StateDirectory | None = None
         self._users: UserBlock | None = None
+        self._groups: cgroups.Groups | None = None
         self._etc: list[tuple[str, str]] = []
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
-        self._groups = self._find_groups()
         try:
-            self._begin()
-        except BaseException:
-            if self._groups is not None:
-                self._groups.close()
-            raise
-        try:
+            directory = self._begin()
+            self.socket_path = os.path.join(directory, "http.sock")
+            self._slots_dir = os.path.join(directory, "slots")
             os.mkdir(self._slots_dir, 0o711)
             if config.isolation in ("auto", "bwrap"):
-                self._etc = isolation.make_etc(os.path.join(self._state.path, "etc"))
+                self._etc = isolation.make_etc(os.path.join(directory, "etc"))
             self.isolation = isolation.choose(config.isolation, self._try_out, self._limits(), config.readonly_paths)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self) -> None:
+    def _begin(self) -> str:
+        """The server's directory."""
+        self._groups = self._find_groups()
         self._state = StateDirectory(self._config.state_dir)
-        self.socket_path = os.path.join(self._state.path, "http.sock")
-        self._slots_dir = os.path.join(self._state.path, "slots")
         if os.geteuid() == 0 and self._config.isolation != "none":
             self._users = UserBlock()
         # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
         locks = [self._state.lock, *(self._groups.locks if self._groups is not None else [])]
         locks += [self._users.fd] if self._users is not None else []
-        self._nursery = NurseryProcess(self._state.path, self._groups.roots if self._groups else (), locks)
+        self._nursery.begin(self._state.path, self._groups.roots if self._groups is not None else (), locks)
+        return self._state.path
 
     def _find_groups(self) -> cgroups.Groups | None:
         """Control groups, if they can be had: also where nothing is limited, as slots then share the processors evenly.
@@ -139,19 +141,21 @@ class TenancyMaker:
 
     def close(self) -> None:
         """End every sandbox, remove every file."""
-        self._state.release()
+        if self._state is not None:
+            self._state.release()
         self._nursery.close()
         if self._groups is not None:
             self._groups.close()
         if self._users is not None:
             self._users.clear()  # nobody is left, unless the nursery was killed
             self._users.close()
-        self._state.tidy()
+        if self._state is not None:
+            self._state.tidy()
 
     def _try_out(self, candidate: Isolation) -> None:
         place = self._make_place(candidate, candidate.default_network)
         try:
-            if self._nursery.spawn(candidate.order(place)).destroy():
+            if spawn(self._nursery, candidate.order(place)).destroy():
                 self._leave(place)
         finally:
             trees.remove_tree(place.directory)
@@ -184,7 +188,7 @@ class TenancyMaker:
         """
         place = self._make_place(self.isolation, network)
         try:
-            cell = self._nursery.spawn(self.isolation.order(place))
+            cell = spawn(self._nursery, self.isolation.order(place))
         except BaseException:
             trees.remove_tree(place.directory)
             self._disband(place)
@@ -204,7 +208,7 @@ class TenancyMaker:
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
                 return  # its calls go on failing, and at the lease's end the slot is quarantined
             try:
-                tenancy.cell = self._nursery.spawn(self.isolation.order(tenancy.place))
+                tenancy.cell = spawn(self._nursery, self.isolation.order(tenancy.place))
             except SandboxStartFailed as e:
                 raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
 

@@ -1,0 +1,73 @@
+"""The nursery's process, as the server has it. Little is imported here, so that it can be started before all else is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SandboxStartFailed, StartFailed
+from .undertaker import Undertaker
+
+if TYPE_CHECKING:
+    from .confine import Order
+
+
+class NurseryProcess:
+    """The running nursery. Thread-safe."""
+
+    def __init__(self) -> None:
+        """Start it. It does nothing but prepare until :meth:`begin`, which takes as long as the server needs to be imported."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with near, far:
+            package_root = str(Path(__file__).resolve().parents[2])
+            bootstrap = (
+                "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
+            )
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[far.fileno()],
+                start_new_session=True,
+                # Python itself may need that one; nothing else of the server's environment goes into sandboxes.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                cwd="/",
+            )
+            self._control = near.dup()
+        self.undertaker = Undertaker()
+
+    def begin(self, directory: str, groups: Sequence[str], locks: Sequence[int]) -> None:
+        """Have it serve. When it ends, after every sandbox, it removes ``directory`` and ``groups``, and lets go of ``locks``.
+
+        :raises StartFailed: it is gone already.
+        """
+        try:
+            socket.send_fds(self._control, [json.dumps([directory, *groups]).encode()], locks)
+        except OSError as e:
+            raise StartFailed(f"the process that makes sandboxes ended at once: {e}") from e
+
+    def order(self, order: Order, control: socket.socket, lifeline: socket.socket) -> None:
+        """Ask for a sandbox, with the far ends of its sockets.
+
+        :raises SandboxStartFailed: nobody is there to make it.
+        """
+        try:
+            socket.send_fds(self._control, [json.dumps(order).encode()], [control.fileno(), lifeline.fileno()])
+        except OSError as e:
+            raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.wait()
+
+    def close(self) -> None:
+        """End every sandbox and the nursery; returns when it has ended. Repeatable."""
+        self._control.close()
+        self.wait()
+        self.undertaker.stop()
