@@ -55,7 +55,7 @@ def test_a_server_that_can_not_start_says_why(small_disk: str) -> None:
     with contextlib.suppress(OSError), (Path(small_disk) / "filler").open("ab", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--isolation", "none", "--state-dir", small_disk]
+    command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--state-dir", small_disk]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False)
     assert done.stderr.startswith("slotpool: the server could not start: ")
     assert "No space left" in done.stderr
