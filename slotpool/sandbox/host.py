@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
 from .._version import __version__
@@ -57,8 +57,8 @@ class Host:
         self._changed = threading.Condition(self._lock)
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
-        self._spare: Tenancy | None = None  # made in advance, so that a slot which is given back need not wait for one
-        self._making_spare = False
+        # Made in advance, so that a slot which is given back need not wait for it; None comes of it if that fails.
+        self._spare: Future[Tenancy | None] | None = None
         self._cleaning = 0  # requests that clean a slot
         self._closing = False
         self.warmer = Warmer()
@@ -97,28 +97,25 @@ class Host:
         that one.
         """
         with self._lock:
-            if not self._closing:  # the cleaners have not ended then
-                self._cleaners.submit(self._make_spare)
+            # While it closes, the cleaners may have ended.
+            if not self._closing and (self._spare is None or (self._spare.done() and self._spare.result() is None)):
+                self._spare = self._cleaners.submit(self._make_spare)
 
     def _take_spare(self) -> Tenancy | None:
         with self._lock:
             spare, self._spare = self._spare, None
-            return spare
+        if spare is None or spare.cancel():  # it was still in line, behind slots that are to be made ready
+            return None
+        return spare.result()  # if it is being made, it comes sooner than one that is begun now
 
-    def _make_spare(self) -> None:
-        """See that there is a sandbox in advance, behind all slots that are to be made ready."""
-        with self._lock:
-            if self._closing or self._spare is not None or self._making_spare:
-                return
-            self._making_spare = True
-        spare = None
+    def _make_spare(self) -> Tenancy | None:
+        if self._closing:
+            return None
         try:
-            spare = self._maker.make(self.isolation.default_network)
-        except (SandboxStartFailed, OSError) as e:
-            log.info("no sandbox could be made in advance: %s", e)
-        finally:
-            with self._lock:
-                self._spare, self._making_spare = spare, False
+            return self._maker.make(self.isolation.default_network)
+        except Exception as e:
+            log.info("no sandbox could be made in advance: %s", e, exc_info=not isinstance(e, (SandboxStartFailed, OSError)))
+            return None
 
     def _make_with_patience(self) -> Tenancy | None:
         """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""
@@ -379,7 +376,9 @@ class Host:
             if self._closing:
                 return
             self._closing = True
-            tenancies = [*self._tenancies.values(), *([self._spare] if self._spare is not None else [])]
+            tenancies = list(self._tenancies.values())
+            if self._spare is not None and self._spare.done() and (spare := self._spare.result()) is not None:
+                tenancies.append(spare)
             self._changed.notify_all()
         for tenancy in tenancies:
             tenancy.cell.destroy()
