@@ -33,6 +33,8 @@ class Row:
     """One container.
 
     :ivar slots: how many by each of :data:`STATES`.
+    :ivar waiting: leases that requests wait for there; None if that isn't known. A caller may wait at several containers,
+        and does at none if all slots are his own pool's.
     :ivar leases: granted since it began; None if that isn't known. Likewise ``commands``.
     :ivar trouble: why it does not answer.
     """
@@ -42,6 +44,7 @@ class Row:
     isolation: str = ""
     slots: Mapping[str, int] = attr.ib(factory=dict)
     executing: int = 0
+    waiting: int | None = None
     leases: int | None = None
     commands: int | None = None
     trouble: str = ""
@@ -90,22 +93,23 @@ def table(now: Look, before: Look | None) -> Table:
     found = Table(title=now.footer or None, title_justify="left", expand=False)
     for heading in ("container", "address", "isolation", "slots"):
         found.add_column(heading, overflow="fold")
-    for heading in ("executing", "leases/s", "commands/s"):
+    for heading in ("executing", "waiting", "leases/s", "commands/s"):
         found.add_column(heading, justify="right")
     earlier = {row.id: row for row in before.rows} if before is not None else {}
     seconds = now.at - before.at if before is not None else 0.0
     rates = [_rate(getattr(now, name), getattr(before, name, None), seconds) for name in ("leases", "commands")]
     executing = str(sum(row.executing for row in now.rows))
-    found.add_row("total", f"{len(now.rows)} containers", "", _legend(now.rows), executing, *rates, end_section=True)
+    found.add_row("total", f"{len(now.rows)} containers", "", _legend(now.rows), executing, "", *rates, end_section=True)
     for row in now.rows:
         # Text, as what servers say of themselves isn't markup.
         cells = [Text(row.id), Text(row.address), Text(row.isolation)]
         if row.trouble:
-            found.add_row(*cells, Text(row.trouble, "red"), "", "", "")
+            found.add_row(*cells, Text(row.trouble, "red"), "", "", "", "")
             continue
         old = earlier.get(row.id)
         rates = [_rate(getattr(row, name), getattr(old, name, None), seconds) for name in ("leases", "commands")]
-        found.add_row(*cells, _bar(row.slots), str(row.executing), *rates)
+        waiting = "-" if row.waiting is None else str(row.waiting)
+        found.add_row(*cells, _bar(row.slots), str(row.executing), waiting, *rates)
     return found
 
 
@@ -168,13 +172,15 @@ def row_of(id_: str, address: str, info: Mapping[str, object]) -> Row:
     if not isinstance(counts, dict):
         return Row(id=id_, address=address, trouble="it answers, and tells no more; is there a token, in SLOTPOOL_TOKEN?")
     slots = {("cleaning" if state == "preparing" else str(state)): int(count) for state, count in counts.items()}
-    numbers = {key: int(str(info[key])) if key in info else None for key in ("executing", "executions", "leases_granted")}
+    known = ("executing", "waiting", "executions", "leases_granted")
+    numbers = {key: int(str(info[key])) if key in info else None for key in known}
     return Row(
         id=id_,
         address=address,
         isolation=str(info.get("isolation", "")),
         slots=slots,
         executing=numbers["executing"] or 0,
+        waiting=numbers["waiting"],
         leases=numbers["leases_granted"],
         commands=numbers["executions"],
     )

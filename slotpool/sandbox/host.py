@@ -60,6 +60,7 @@ class Host:
         # Made in advance, so that a slot which is given back need not wait for it; None comes of it if that fails.
         self._spare: Future[Tenancy | None] | None = None
         self._cleaning = 0  # requests that clean a slot
+        self._waiting = 0  # leases that requests wait for
         self._closing = False
         self.warmer = Warmer()
         self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
@@ -158,7 +159,11 @@ class Host:
                 leases = self._table.take(owner, take, ttl, now)
                 if leases or take == 0 or now >= deadline:
                     break
-                self._changed.wait(deadline - now)
+                self._waiting += take
+                try:
+                    self._changed.wait(deadline - now)
+                finally:
+                    self._waiting -= take
             self.tally.leases(granted=len(leases))
             self._changed.notify_all()  # the reaper has a new expiry to wait for
             described = [self._describe(lease) for lease in leases]
@@ -339,7 +344,7 @@ class Host:
 
     def health(self) -> dict[str, Any]:
         with self._lock:
-            counts = self._table.counts()
+            counts, waiting = self._table.counts(), self._waiting
         tally = self.tally
         with tally.lock:
             counted = {
@@ -358,6 +363,7 @@ class Host:
             "network": self.isolation.default_network,
             "slots": self.config.slots,
             "counts": counts,
+            "waiting": waiting,
             **counted,
         }
 

@@ -46,6 +46,7 @@ class _HostCollector(Collector):
         for state, count in told["counts"].items():
             slots.add_metric([state], count)
         yield slots
+        yield GaugeMetricFamily("slotpool_server_leases_waiting", "Leases that open requests wait for.", value=told["waiting"])
         tally = self._host.tally
         with tally.lock:
             metrics = list(self._counted())

@@ -7,8 +7,9 @@ the lease.
 
 ``GET /health``
     200 ``{"status": "ok"}``; with the bearer token also ``version name boot_id isolation network landlock limits slots counts
-    executing executions leases_granted requests_open`` (``limits``: by what each kind is kept; ``counts``: slots by state;
-    ``executing``: executions under way; ``executions``, ``leases_granted``: those that ended, were granted, since it began).
+    waiting executing executions leases_granted requests_open`` (``limits``: by what each kind is kept; ``counts``: slots by
+    state; ``waiting``: leases that requests wait for; ``executing``: executions under way; ``executions``, ``leases_granted``:
+    those that ended, were granted, since it began).
 ``GET /metrics``
     200, the server's metrics for Prometheus, as text; 501 if the server lacks ``prometheus_client``.
 ``GET /v1/slots``

@@ -92,13 +92,13 @@ class Run:
         return {"slot": call["slot"], "lease": logs.lease_id(call["lease"]), "execution_id": call["execution_id"]}
 
     def _result(self, outcome: Outcome, restarted: bool) -> Result:
-        error = ""
+        error, stderr = "", outcome.stderr.text()
         try:
             error = self._tool.error(outcome)
         except RequestFailed as e:
             if e.body["code"] != "file_error":
                 raise
-            error = f"{e.body['path']}: {e}"
+            error, stderr = f"{e.body['path']}: {e}", ""  # which was for the server to read
         status = outcome.status
         signum = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
         if status is None or (outcome.timed_out and signum is None):
@@ -106,7 +106,7 @@ class Run:
         return {
             "execution_id": self._call["execution_id"],
             "stdout": outcome.stdout.text(),
-            "stderr": outcome.stderr.text(),
+            "stderr": stderr,
             "exit_code": 128 + signum if signum else os.WEXITSTATUS(status or 0),
             "signal": signum,
             "timed_out": outcome.timed_out,

@@ -27,6 +27,7 @@ def test_tools_by_name(pool: SlotPool) -> None:
         missing = pool.execute(s, "read_file", {"path": "nothing"})
         assert not missing.success
         assert "No such file" in missing.error
+        assert (missing.stdout, missing.stderr) == ("", "")
         ran = pool.execute(s, "bash", {"command": "cat d/f; exit 4"}, timeout=5)
         assert (ran.output, ran.exit_code, ran.success) == ("hi €\n", 4, False)
         with pytest.raises(InvalidRequest) as error:

@@ -97,6 +97,7 @@ def test_a_server_counts_what_it_does(start_server: StartServer) -> None:
     assert value(told, "slotpool_server_leases_granted_total") == 1
     assert value(told, "slotpool_server_slots", state="leased") == 1
     assert value(told, "slotpool_server_requests_open") == 1
+    assert value(told, "slotpool_server_leases_waiting") == 0
     assert value(told, "process_resident_memory_bytes") > 0
     server.client.lease("test", 30, 0, release=[lease["token"]])
     server.lease(ttl=0.1)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import PACKAGE
+from conftest import PACKAGE, wait_until
 
 from slotpool import SlotPool
+from slotpool.sandbox.client import SandboxClient
 from slotpool.top import watch
 
 TOKEN = "SLOTPOOL_TEST_top_token"
@@ -41,6 +44,24 @@ def test_once_shows_servers_and_those_that_do_not_answer(address: str) -> None:
     assert "no answer" in done.stdout
     assert done.stdout.index("2 containers") < done.stdout.index(address)  # however many there are
     assert TOKEN not in done.stdout
+
+
+def test_leases_that_are_waited_for_are_shown(address: str) -> None:
+    command = [*TOP, "--once", "--server", address]
+    pools = [SlotPool(servers=address, token=TOKEN) for _ in range(2)]
+    with pools[0] as pool, pools[1] as other, ThreadPoolExecutor() as callers:
+        held = [pool.acquire() for _ in range(3)]
+        late = callers.submit(other.acquire)
+        with contextlib.closing(SandboxClient(address, TOKEN)) as client:
+            assert wait_until(lambda: client.health()["waiting"] == 1)
+        shown = subprocess.run(command, env=ENV, capture_output=True, text=True, cwd="/", check=True).stdout
+        heading = next(line for line in shown.splitlines() if "waiting" in line)
+        row = next(line for line in shown.splitlines() if address in line)
+        column = [word.strip() for word in heading.replace("┃", "│").split("│")].index("waiting")
+        assert row.split("│")[column].strip() == "1"
+        held.pop().release()
+        for slot in [*held, late.result()]:
+            slot.release()
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "q"])
