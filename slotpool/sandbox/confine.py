@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from typing import NoReturn, TypedDict
 
 from . import cgroups, landlock, linux
@@ -174,13 +176,21 @@ def kill_user(uid: int, killer: int) -> None:
 
     :raises OSError: it has not been done.
     """
-    os.setresuid(killer, uid, 0)
-    try:
+    with as_user(uid, killer):
         if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
             raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
-        os.kill(-1, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # there is none
-        pass
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # there is none
+            pass
+
+
+@contextlib.contextmanager
+def as_user(uid: int, real: int) -> Iterator[None]:
+    """Be ``uid`` in effect, and in reality ``real``, for a moment. As root, in a process without threads."""
+    os.setresuid(real, uid, 0)
+    try:
+        yield
     finally:
         try:
             os.setresuid(0, 0, 0)

@@ -30,6 +30,7 @@ from typing import Callable
 from . import cgroups, confine, killing, linux, trees, zygote
 from .confine import Order
 from .poller import Poller
+from .restraint import PERIOD, Restraint
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
@@ -40,7 +41,7 @@ _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server 
 class Nursery:
     """An event loop over sockets, pipes and children; the sandboxes hook into :attr:`readable` and :attr:`exited`."""
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, restraint: Restraint | None) -> None:
         self._control = control
         self._poller = Poller()
         self.watch, self.unwatch = self._poller.watch, self._poller.unwatch
@@ -48,6 +49,7 @@ class Nursery:
         self.bereaved: dict[int, Callable[[], None]] = {}  # by user id; called when processes of that user have been waited for
         self.living: set[Sandbox] = set()
         self._serving = True
+        self._restraint = restraint
         self._later: list[tuple[float, Callable[[], None]]] = []
 
     def run(self) -> None:
@@ -58,6 +60,8 @@ class Nursery:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.watch(wake.fileno(), lambda: self._reap(wake))
         self.watch(self._control.fileno(), self._take_order)
+        if self._restraint is not None:
+            self.later(self._restrain, PERIOD)
         deadline = None
         while self._serving or self.living:
             if not self._serving and deadline is None:
@@ -74,9 +78,14 @@ class Nursery:
             for call in due:
                 _guarded(call)
 
-    def later(self, call: Callable[[], None]) -> None:
-        """Call it in a moment, as there is a shortage now."""
-        self._later.append((time.monotonic() + _PAUSE, call))
+    def later(self, call: Callable[[], None], pause: float = _PAUSE) -> None:
+        """Call it in a moment, by default because there is a shortage now."""
+        self._later.append((time.monotonic() + pause, call))
+
+    def _restrain(self) -> None:
+        assert self._restraint is not None
+        self.later(self._restrain, PERIOD)
+        self._restraint.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
 
     def _pause(self, deadline: float | None) -> float | None:
         times = [at for at, _ in self._later] + ([deadline] if deadline is not None else [])
@@ -396,7 +405,7 @@ def main(argv: list[str]) -> None:
         return  # the server has not come so far
     directory, *groups = json.loads(told)
     gc.freeze()
-    Nursery(control).run()
+    Nursery(control, None if groups else Restraint()).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
     for root in groups:

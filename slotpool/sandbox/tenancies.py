@@ -130,6 +130,7 @@ class TenancyMaker:
             "open_files": "rlimit" if "RLIMIT_NOFILE" in by_process else "none",
             "memory": "rlimit" if "RLIMIT_DATA" in by_process else by_group if self._config.max_memory is not None else "none",
             "cpu": by_group if self._config.max_cpus is not None else "none",
+            "cpu_share": by_group if self._groups is not None else "none" if self.isolation.mode == "none" else "SCHED_IDLE",
             "file_size": "rlimit" if "RLIMIT_FSIZE" in by_process else "none",
             "disk": "tmpfs" if self._config.max_disk is not None else "none",
             "wall_time": "timeout",

@@ -34,6 +34,26 @@ def bomb(name: str, command: str) -> Any:
 
 FORKS = bomb("fork bomb", "f() { f | f & f; }; while :; do f; done")
 FLOOD = bomb("output flood on both streams", "cat /dev/zero & cat /dev/zero >&2")
+HOG = bomb("CPU hog: 64 busy processes", "for i in {1..64}; do (while :; do :; done) & done; wait")
+THREADS = """
+import hashlib, threading
+data = bytes(1 << 20)
+def work():
+    while 1: hashlib.sha256(data).digest()  # without the interpreter lock
+[threading.Thread(target=work).start() for _ in range(64)]
+"""
+UNRESTRAINING = """
+import os
+for _ in range(64):
+    if not os.fork():
+        while 1:
+            os.sched_setaffinity(0, range(os.cpu_count()))
+            try:
+                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+            except OSError:
+                pass
+os.wait()
+"""
 DISK = bomb("disk filler", "while :; do for i in 1 2 3 4; do head -c 60M /dev/zero >f$i; done 2>&-; rm f?; done")
 INODES = bomb("inode filler", "python3 -c 'n = 0\nwhile 1: open(str(n), \"x\").close(); n += 1'")
 BOMBS = [
@@ -41,7 +61,7 @@ BOMBS = [
     FLOOD,
     bomb("fork bomb of deaf daemons", "trap '' TERM HUP INT; f() { (setsid sleep 60 &) & }; while :; do f; done"),
     bomb("memory bomb", "while :; do python3 -c 'b = []\nwhile 1: b.append(bytearray(1 << 20))' 2>&-; done"),
-    bomb("CPU hog: 64 busy processes", "for i in {1..64}; do (while :; do :; done) & done; wait"),
+    HOG,
     DISK,
     INODES,
 ]
@@ -59,12 +79,32 @@ def test_so_it_does_in_a_container(contained: Standing, mode: str, command: str,
     compare(contained(mode), command, figure)
 
 
-def compare(server: Server, command: str, figure: Figure) -> None:
+HOGS = [
+    HOG,
+    bomb("CPU hog in threads", "exec python3 -c '" + THREADS + "'"),
+]
+UNRESTRAINED = bomb("CPU hog that takes its restraint off", "exec python3 -c '" + UNRESTRAINING + "'")
+
+
+@pytest.mark.parametrize("mode", ["docker"])
+@pytest.mark.parametrize("command", HOGS)
+def test_so_it_does_without_control_groups(contained: Standing, mode: str, command: str, figure: Figure) -> None:
+    compare(contained(mode), command, figure, longer=3)
+
+
+@pytest.mark.parametrize("mode", ["bwrap-as-user"])
+@pytest.mark.parametrize("command", [*HOGS, UNRESTRAINED])
+def test_so_it_does_where_an_ordinary_user_has_none(contained: Standing, mode: str, command: str, figure: Figure) -> None:
+    compare(contained(mode), command, figure, longer=3)
+
+
+def compare(server: Server, command: str, figure: Figure, longer: int = 1) -> None:
+    """:param longer: how often, as a hog is restrained only once it is noticed."""
     ratios: list[float] = []
     while len(ratios) < TRIES and (not ratios or min(ratios) >= MOST_TIMES_SLOWER):
         a, b = server.lease(2)
         before = durations(server, b)
-        beside = p95(beside_bomb(server, a, b, command))
+        beside = p95(beside_bomb(server, a, b, command, longer))
         server.client.lease("test", 30.0, 0, [a["token"]])
         assert server.free(1, 30), server.client.health()["counts"]
         quiet = p95(before + durations(server, b))
@@ -75,28 +115,28 @@ def compare(server: Server, command: str, figure: Figure) -> None:
     assert min(ratios) < MOST_TIMES_SLOWER, ratios
 
 
-def beside_bomb(server: Server, a: Lease, b: Lease, command: str) -> list[float]:
+def beside_bomb(server: Server, a: Lease, b: Lease, command: str, longer: int) -> list[float]:
     waits = f"until [ -e go ]; do sleep 0.01; done; rm go\n{command}"
     with ThreadPoolExecutor(1) as thread:
-        exploding = thread.submit(explode, server, a, waits)
+        exploding = thread.submit(explode, server, a, waits, longer * BOMB_LIMIT)
         server.client.write_file(a["slot"], a["token"], "go", b"")
-        measured = durations(server, b)
+        measured = durations(server, b, longer * COMMANDS)
         exploding.result()
     return measured
 
 
-def explode(server: Server, a: Lease, command: str) -> None:
+def explode(server: Server, a: Lease, command: str, limit: float) -> None:
     try:
-        result = server.bash(a, command, timeout=BOMB_LIMIT)
+        result = server.bash(a, command, timeout=limit)
     except SlotBroken:  # it has more processes than can be ended one by one
         return
     assert result["timed_out"], result
 
 
-def durations(server: Server, lease: Lease) -> list[float]:
+def durations(server: Server, lease: Lease, count: int = COMMANDS) -> list[float]:
     """Of the neighbour's commands, in seconds."""
     taken = []
-    for _ in range(COMMANDS):
+    for _ in range(count):
         begun = time.perf_counter()
         assert server.bash(lease, "echo well")["stdout"] == "well\n"
         taken.append(time.perf_counter() - begun)

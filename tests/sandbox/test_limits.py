@@ -7,16 +7,17 @@ import pwd
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, ROOT, Server, StartServer
+from conftest import PACKAGE, ROOT, Server, StartServer, wait_until
 
 from slotpool.sandbox import cgroups
 
 MODES = ["bwrap", "user", "bwrap-as-user"]
-KINDS = {"processes", "open_files", "memory", "cpu", "file_size", "disk", "wall_time"}
+KINDS = {"processes", "open_files", "memory", "cpu", "cpu_share", "file_size", "disk", "wall_time"}
 MEMORY = 64 << 20
 
 
@@ -127,6 +128,39 @@ def test_processors_cannot_be_limited_without_groups() -> None:
     assert "max_cpus: expected control groups that this server may write" in done.stderr
 
 
+def test_processors_are_shared_without_groups(start_server: StartServer) -> None:
+    """By restraining a slot with very many busy threads, and no other."""
+    server = start_server("bwrap-as-user" if ROOT else "bwrap")
+    many, few = server.lease(2)
+    if limits(server)["cpu_share"].startswith("cgroup"):
+        pytest.skip("an ordinary user has control groups here")
+    busy = """
+import os, signal, sys, time
+children = []
+for _ in range(int(sys.argv[1])):
+    pid = os.fork()
+    if not pid:
+        while True: pass
+    children.append(pid)
+open("begun", "x").close()
+if len(children) > 2:
+    while not all(os.sched_getscheduler(pid) == os.SCHED_IDLE for pid in children): time.sleep(0.01)
+else:
+    while not os.path.exists("end"): time.sleep(0.01)
+print(sorted({(os.sched_getscheduler(pid) == os.SCHED_IDLE, len(os.sched_getaffinity(pid))) for pid in children}))
+for pid in children: os.kill(pid, signal.SIGKILL)
+"""
+    processors = len(os.sched_getaffinity(0))
+    half = processors - processors // 2
+    with ThreadPoolExecutor(1) as thread:
+        looks = thread.submit(server.bash, few, "exec python3 - 2", stdin=busy)
+        assert wait_until(lambda: "begun" in server.bash(few, "ls")["stdout"])
+        assert server.bash(many, f"exec python3 - {5 * processors}", stdin=busy)["stdout"] == f"[(True, {half})]\n"
+        server.bash(few, "touch end")
+        assert looks.result()["stdout"] == f"[(False, {processors})]\n"
+    assert server.bash(many, "echo well")["stdout"] == "well\n"
+
+
 def test_disk(start_server: StartServer) -> None:
     server = start_server("bwrap", max_disk=4 << 20)
     one, other = server.lease(2)
@@ -140,11 +174,14 @@ def test_disk(start_server: StartServer) -> None:
 
 def test_what_is_not_limited_is_said_to_be_so(start_server: StartServer) -> None:
     server = start_server("bwrap")
+    cpu_share = limits(server)["cpu_share"]
+    assert cpu_share in (("cgroup v1", "cgroup v2") if in_groups("bwrap") else ("SCHED_IDLE",))
     assert limits(server) == {
         "processes": "rlimit",
         "open_files": "rlimit",
         "memory": "none",
         "cpu": "none",
+        "cpu_share": cpu_share,
         "file_size": "none",
         "disk": "none",
         "wall_time": "timeout",
