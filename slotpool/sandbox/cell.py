@@ -166,8 +166,8 @@ class Cell:
         with self._ending:
             if self._dead is None:
                 self._dead = self._end(meanwhile)
-            for call in armed:  # not before: the zygote would look for the processes of each, only to die with them
-                call.close()
+            if armed:  # not before: the zygote would look for the processes of each, only to die with them
+                self._undertaker.take(lambda: _close_calls(armed))
             return self._dead
 
     def _end(self, meanwhile: Callable[[], None]) -> bool:
@@ -184,6 +184,11 @@ class Cell:
         finally:
             self._lifeline.close()
             self._control.close()
+
+
+def _close_calls(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call.close()
 
 
 def _close_all(fds: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ import math
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
@@ -27,6 +28,7 @@ from .warmer import Warmer
 log = logging.getLogger(__name__)
 
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
+_MOST_SPARES = 2
 _CLEANERS = 8  # threads that make slots ready
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
 
@@ -57,8 +59,9 @@ class Host:
         self._changed = threading.Condition(self._lock)
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
-        # Made in advance, so that a slot which is given back need not wait for it; None comes of it if that fails.
-        self._spare: Future[Tenancy | None] | None = None
+        # Made in advance, so that a slot which is given back need not wait for one; None comes of it if that fails.
+        self._spares: deque[Future[Tenancy | None]] = deque()
+        self._stock = 1  # of them
         self._cleaning = 0  # requests that clean a slot
         self._waiting = 0  # leases that requests wait for
         self._closing = False
@@ -94,17 +97,19 @@ class Host:
             self._changed.notify_all()
 
     def restock(self) -> None:
-        """Have a spare made, if there is none then. Once a slot was taken, and not sooner: it is in the way of who waits for
+        """Have spares made, if there are too few then. Once a slot was taken, and not sooner: it is in the way of who waits for
         that one.
         """
         with self._lock:
-            # While it closes, the cleaners may have ended.
-            if not self._closing and (self._spare is None or (self._spare.done() and self._spare.result() is None)):
-                self._spare = self._cleaners.submit(self._make_spare)
+            self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
+            while not self._closing and len(self._spares) < self._stock:  # while it closes, the cleaners may have ended
+                self._spares.append(self._cleaners.submit(self._make_spare))
 
     def _take_spare(self) -> Tenancy | None:
         with self._lock:
-            spare, self._spare = self._spare, None
+            spare = self._spares.popleft() if self._spares else None
+            if spare is None or not spare.done():  # slots are given back faster than one is made
+                self._stock = _MOST_SPARES
         if spare is None or spare.cancel():  # it was still in line, behind slots that are to be made ready
             return None
         return spare.result()  # if it is being made, it comes sooner than one that is begun now
@@ -383,8 +388,8 @@ class Host:
                 return
             self._closing = True
             tenancies = list(self._tenancies.values())
-            if self._spare is not None and self._spare.done() and (spare := self._spare.result()) is not None:
-                tenancies.append(spare)
+            made = [spare.result() for spare in self._spares if spare.done()]
+            tenancies += [spare for spare in made if spare is not None]
             self._changed.notify_all()
         for tenancy in tenancies:
             tenancy.cell.destroy()

@@ -251,12 +251,13 @@ class UserSandbox(Sandbox):
     def kill(self) -> None:
         self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
-        if self._zygote is not None:
-            os.kill(self._zygote, signal.SIGKILL)  # it may not be that user yet
         try:
             confine.kill_user(self.order["uid"], self.order["killer"])
         except OSError as e:
             print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
+        # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.
+        if self._zygote is not None:
+            os.kill(self._zygote, signal.SIGKILL)
         self._look()
         self.nursery.later(self._kill_again)
 
