@@ -35,8 +35,8 @@ class NurseryProcess:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[far.fileno()],
                 start_new_session=True,
-                # Python itself may need that one; nothing else of the server's environment goes into sandboxes.
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                # Python itself may need the first, and the second tells whose process this is; nothing goes on into sandboxes.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ},
                 cwd="/",
             )
             self._control = near.dup()
