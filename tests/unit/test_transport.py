@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -61,6 +62,29 @@ class Wire:
         with contextlib.suppress(ConnectionResetError):
             return self.sock.recv(1) == b""
         return True
+
+    def interrupt(self) -> None:
+        """Send the main thread signals until it closes: one that comes just before it waits does not end its waiting."""
+        main = threading.main_thread().ident
+        assert main is not None
+        self.sock.settimeout(0.1)
+        deadline = time.monotonic() + LIMIT
+        while time.monotonic() < deadline:
+            signal.pthread_kill(main, signal.SIGUSR1)
+            with contextlib.suppress(socket.timeout):
+                self.closed()
+                return
+
+
+def raising(error: BaseException) -> Callable[[int, FrameType | None], None]:
+    """A signal's handler that raises it the first time."""
+    errors = [error]
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if errors:
+            raise errors.pop()
+
+    return handle
 
 
 class Server:
@@ -463,20 +487,13 @@ class Interrupted(BaseException):
 
 
 def test_after_an_interrupt_the_late_answer_is_nobodys() -> None:
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    waiting = threading.main_thread().ident
-    assert waiting is not None
-
     def connection(wire: Wire) -> None:
         wire.request()
-        signal.pthread_kill(waiting, signal.SIGUSR1)
+        wire.interrupt()
         with contextlib.suppress(ConnectionError):
-            wire.closed()
             wire.say(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstale")
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    before = signal.signal(signal.SIGUSR1, raising(Interrupted()))
     try:
         with serving(connection, staying(OK)) as (server, transport):
             with pytest.raises(Interrupted):
@@ -489,18 +506,11 @@ def test_after_an_interrupt_the_late_answer_is_nobodys() -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError("timed out"), OSError(110, "his"), ConnectionResetError(), ValueError()])
 def test_what_a_signal_handler_raises_is_not_taken_for_the_connections_failure(error: Exception) -> None:
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise error
-
-    waiting = threading.main_thread().ident
-    assert waiting is not None
-
     def connection(wire: Wire) -> None:
         wire.request()
-        signal.pthread_kill(waiting, signal.SIGUSR1)
-        wire.closed()
+        wire.interrupt()
 
-    before = signal.signal(signal.SIGUSR1, interrupt)
+    before = signal.signal(signal.SIGUSR1, raising(error))
     try:
         with serving(connection) as (_, transport), pytest.raises(type(error)) as raised:
             get(transport)
