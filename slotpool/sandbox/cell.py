@@ -230,7 +230,7 @@ class Call:
         self._ended = False
         self._cancelled = False
         self._killed = False
-        self._told = False  # its shell has told how its command has ended, and may not be dead yet
+        self._told = False  # its process has told how its work has ended, and may not be dead yet
         self._closed = False
         self.cell = cell
         self.feeds: list[Feed] = []
@@ -300,12 +300,16 @@ class Call:
         return bool(self._end_poll.poll(0))
 
     def read_status(self) -> int | None:
-        """The wait status; None if the zygote has gone without telling it, or has sent something else."""
+        """The wait status; None if the zygote has gone without telling it, or has sent something else.
+
+        Of a file it is the process itself that tells, if it can, and it may not be dead yet.
+        """
         try:
             # An urgent byte wakes poll(2) and is not there to be read: nobody may wait here.
             told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
         except OSError:
             return None
+        self._told = self.script is None
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
 
     def read_told(self) -> int | None:

@@ -26,6 +26,7 @@ After :data:`RELEASE` the other side wants to know no more, and the end of file 
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import json
 import os
@@ -73,6 +74,7 @@ NOT_STARTED = -1  # in place of a wait status: the slot can start no more proces
 READY = b"ready"
 ERROR = b"error "
 RELEASE = b"r"
+_NO_TOOL = 127  # as an exit code
 _NO_SUCH_SHELL = 127 << 8  # as a wait status
 _TOLD = re.compile(rb"(\d{1,3})\n")
 # What Python ignores, and programs expect not to be.
@@ -176,7 +178,8 @@ class Zygote:
         sock = socket.socket(fileno=named.pop("call"))
         mark = self._marks.put_on()
         try:
-            pid = self._with_patience(self._start_shell if order["op"] == "shell" else self._fork_tool, order, named)
+            start = self._start_shell if order["op"] == "shell" else functools.partial(self._fork_tool, sock)
+            pid = self._with_patience(start, order, named)
         except OSError as e:
             _tell(sock, self._refused(e, named["stderr"]))
         else:
@@ -258,13 +261,14 @@ class Zygote:
             os._exit(1)  # the server replaces the whole sandbox
         self._collect()
 
-    def _fork_tool(self, order: dict[str, Any], fds: dict[str, int]) -> int:
+    def _fork_tool(self, sock: socket.socket, order: dict[str, Any], fds: dict[str, int]) -> int:
         pid = os.fork()
         if pid == 0:
-            self._become(order, fds)
+            self._become(sock, order, fds)
         return pid
 
-    def _become(self, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
+    def _become(self, sock: socket.socket, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
+        code = _NO_TOOL
         try:
             os.setsid()
             signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -273,11 +277,12 @@ class Zygote:
             os.dup2(fds["stdout"], 1)
             os.dup2(fds["stderr"], 2)
             if order["op"] == "read":
-                _report(files.read_file, order["path"], order["limit"], order["sized"])
+                code = _carry_out(files.read_file, order["path"], order["limit"], order["sized"])
             else:
-                _report(files.write_file, order["path"], order["size"])
+                code = _carry_out(files.write_file, order["path"], order["size"])
+            _tell(sock, code << 8)  # its death takes as long as all else, and who called need not wait for that
         finally:
-            os._exit(127)
+            os._exit(code)
 
 
 def _tell(sock: socket.socket, status: int) -> None:
@@ -289,10 +294,11 @@ def _tell(sock: socket.socket, status: int) -> None:
     sock.close()
 
 
-def _report(act: Any, *args: Any) -> NoReturn:
+def _carry_out(act: Callable[..., None], *args: object) -> int:
+    """The exit code; standard error has the reason."""
     try:
         act(*args)
     except OSError as e:
         os.write(2, json.dumps([e.errno or errno.EIO, e.strerror or str(e)]).encode())
-        os._exit(1)
-    os._exit(0)
+        return 1
+    return 0

@@ -46,7 +46,7 @@ class Impostor(Zygote):
     def answer(self, order, fds, sock):
         if order["op"] != "shell":
             self.attack(order["path"].encode(), fds, sock)
-            pid = self._fork_tool(order, fds)
+            pid = self._fork_tool(sock, order, fds)
         else:
             script = b""
             while len(script) < 9 or len(script) < 9 + int(script[:9]):
