@@ -10,17 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from typing import NoReturn
 
-from ..errors import SlotPoolError
+from ..errors import SlotPoolError, StartFailed
 from .nursery_process import NurseryProcess
 
 
 def main() -> None:
-    nursery = NurseryProcess()
+    try:
+        nursery = NurseryProcess()
+    except OSError as e:
+        _fail(StartFailed(f"the process that makes sandboxes could not be started: {e}"))
     try:
         _serve(nursery)
     finally:
         nursery.close()
+
+
+def _fail(error: SlotPoolError) -> NoReturn:
+    print(json.dumps({"failed": type(error).__name__, "message": str(error)}), flush=True)
+    sys.exit(1)
 
 
 def _serve(nursery: NurseryProcess) -> None:
@@ -39,8 +48,7 @@ def _serve(nursery: NurseryProcess) -> None:
     try:
         serve(config, lambda address: print(json.dumps({"ready": address}), flush=True), nursery)
     except SlotPoolError as e:
-        print(json.dumps({"failed": type(e).__name__, "message": str(e)}), flush=True)
-        sys.exit(1)
+        _fail(e)
 
 
 main()

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 _PREFIX = "slotpool-"
 _PERIOD = 100_000  # microseconds in which a group has its share of CPU time; the kernel's default
@@ -94,15 +94,17 @@ class Groups:
             os.close(self.locks.pop())
 
 
-def find(memory: int | None, cpus: float | None) -> Groups:
+def find(memory: int | None, cpus: float | None, children: Collection[int] = ()) -> Groups:
     """Groups that work here, of version 2 if they can be had.
+
+    :param children: processes that this one has started, which may move with it.
 
     A server that starts may take those for left over that are made at the same moment; they are made once more then.
 
     :raises OSError: there are none.
     """
     try:
-        return _make(2, [_delegated()], memory, cpus)
+        return _make(2, [_delegated(children)], memory, cpus)
     except OSError as e:
         failure = e
     try:
@@ -160,11 +162,11 @@ def _limits(version: int, memory: int | None, cpus: float | None) -> Mapping[str
     return found
 
 
-def _delegated() -> str:
-    """This process's own group of version 2, where its children can have controllers.
+def _delegated(children: Collection[int]) -> str:
+    """This process's own group of version 2, where groups below it can have controllers.
 
-    A group with processes of its own can't give controllers on, except for the root. So if this process is the only one in it,
-    it moves to a group below.
+    A group with processes of its own can't give controllers on, except for the root. So if only this process and ``children``
+    are in it, they move to a group below.
     """
     own = _own_directory(None)
     has = _read(f"{own}/cgroup.controllers").split()
@@ -173,10 +175,12 @@ def _delegated() -> str:
     try:
         _let_children_have(own)
     except OSError as e:
-        if e.errno != errno.EBUSY or _read(f"{own}/cgroup.procs").split() != [str(os.getpid())]:
+        present = set(map(int, _read(f"{own}/cgroup.procs").split()))
+        if e.errno != errno.EBUSY or not present <= {os.getpid(), *children}:
             raise
         os.makedirs(f"{own}/slotpool", exist_ok=True)
-        _write(f"{own}/slotpool/cgroup.procs", "0")
+        for pid in present:
+            _write(f"{own}/slotpool/cgroup.procs", str(pid))
         _let_children_have(own)
     return own
 

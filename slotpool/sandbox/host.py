@@ -80,7 +80,7 @@ class Host:
                 old = self._tenancies.pop(slot, None)
             if old is not None:
                 self._maker.end(old)
-            tenancy = self._take_spare() or self._make_with_patience()
+            tenancy = (self._take_spare() if old is not None else None) or self._make_with_patience()
             if tenancy is None:
                 return
         except Exception as e:
@@ -103,7 +103,8 @@ class Host:
         with self._lock:
             self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
             while not self._closing and len(self._spares) < self._stock:  # while it closes, the cleaners may have ended
-                self._spares.append(self._cleaners.submit(self._make_spare))
+                self._spares.append(Future())
+                self._cleaners.submit(self._make_spare, self._spares[-1])
 
     def _take_spare(self) -> Tenancy | None:
         with self._lock:
@@ -114,14 +115,15 @@ class Host:
             return None
         return spare.result()  # if it is being made, it comes sooner than one that is begun now
 
-    def _make_spare(self) -> Tenancy | None:
-        if self._closing:
-            return None
+    def _make_spare(self, spare: Future[Tenancy | None]) -> None:
+        if not spare.set_running_or_notify_cancel():
+            return
+        made = None
         try:
-            return self._maker.make(self.isolation.default_network)
+            made = None if self._closing else self._maker.make(self.isolation.default_network)
         except Exception as e:
             log.info("no sandbox could be made in advance: %s", e, exc_info=not isinstance(e, (SandboxStartFailed, OSError)))
-            return None
+        spare.set_result(made)
 
     def _make_with_patience(self) -> Tenancy | None:
         """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""

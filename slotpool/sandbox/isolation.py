@@ -46,7 +46,7 @@ _HOW_TO_GET = (
 class Place:
     """What one sandbox is made for."""
 
-    directory: str  # of the lease, on this machine: `workspace` and, in user mode, `tmp` are in it
+    directory: str  # of the lease, on this machine: `workspace` and, but for bwrap mode, `tmp` are in it
     etc: Sequence[tuple[str, str]]  # what a bwrap slot sees below /etc, see make_etc
     uid: int
     gid: int
@@ -147,8 +147,8 @@ class Isolation:
                 args += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 args += ["--ro-bind", path, path]
-        for source, target in place.etc:
-            args += ["--ro-bind", source, target]
+        for source, target in place.etc:  # the machine's own directories may have gone since
+            args += ["--ro-bind" if target == "/etc" else "--ro-bind-try", source, target]
         disk = self.limits.max_disk
         size = ["--size", str(disk)] if disk is not None else []
         args += ["--proc", "/proc", "--dev", "/dev", "--dir", "/run"]
@@ -210,7 +210,7 @@ def _copy_public(source: str, target: str, inner: str) -> list[tuple[str, str]]:
     """Copy what is for everybody to read: not private keys below /etc/ssl, say. Their directories are 0700.
 
     A large directory, of certificates, say, with nothing else below it is shown as it is: copying it would take a server longer
-    than all the rest of its start.
+    than all the rest of its start. What is put there later shows too, as far as the slot's user may read it.
 
     :param inner: where a slot sees it.
     """

@@ -62,6 +62,10 @@ class NurseryProcess:
         except OSError as e:
             raise SandboxStartFailed(f"the process that makes sandboxes is gone: {e}") from e
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait(self) -> None:
         """Wait until it has ended."""
         self._process.wait()

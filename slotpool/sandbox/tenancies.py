@@ -12,7 +12,7 @@ import threading
 import attr
 
 from ..errors import SandboxStartFailed, StartFailed
-from . import cgroups, isolation, trees
+from . import cgroups, isolation, restraint, trees
 from .cell import Cell, spawn
 from .executions import Executions
 from .isolation import Isolation, Limits, Place
@@ -104,7 +104,7 @@ class TenancyMaker:
         """
         config = self._config
         try:
-            return cgroups.find(config.max_memory, config.max_cpus)
+            return cgroups.find(config.max_memory, config.max_cpus, [self._nursery.pid])
         except OSError as e:
             if config.max_cpus is not None:
                 raise StartFailed(f"max_cpus: expected control groups that this server may write, got none: {e}") from e
@@ -125,12 +125,13 @@ class TenancyMaker:
         """By what each kind of limit is kept; ``none`` for what is not limited."""
         by_group = f"cgroup v{self._groups.version}" if self._groups is not None else "none"
         by_process = self.isolation.rlimits
+        restrained = self.isolation.mode != "none" and restraint.is_possible()
         return {
             "processes": "rlimit" if "RLIMIT_NPROC" in by_process else "none",
             "open_files": "rlimit" if "RLIMIT_NOFILE" in by_process else "none",
             "memory": "rlimit" if "RLIMIT_DATA" in by_process else by_group if self._config.max_memory is not None else "none",
             "cpu": by_group if self._config.max_cpus is not None else "none",
-            "cpu_share": by_group if self._groups is not None else "none" if self.isolation.mode == "none" else "SCHED_IDLE",
+            "cpu_share": by_group if self._groups is not None else "SCHED_IDLE" if restrained else "none",
             "file_size": "rlimit" if "RLIMIT_FSIZE" in by_process else "none",
             "disk": "tmpfs" if self._config.max_disk is not None else "none",
             "wall_time": "timeout",
@@ -176,7 +177,7 @@ class TenancyMaker:
         if uid != os.geteuid():
             os.chown(directory, -1, gid)
             os.chmod(directory, 0o710)
-        for path in (place.workspace, place.tmp):
+        for path in (place.workspace,) if chosen.mode == "bwrap" else (place.workspace, place.tmp):
             os.mkdir(path, 0o700)
             if uid != os.geteuid():
                 os.chown(path, uid, gid)

@@ -212,9 +212,10 @@ def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def written(path: str, text: str) -> None:
         if path.endswith("cgroup.subtree_control") and Path(path).with_name("cgroup.procs").read_text().strip():
             raise OSError(16, "a group with processes gives no controllers on")
-        if path.endswith("cgroup.procs") and text == "0":
-            Path(tmp_path, "own", "cgroup.procs").write_text("")
-            text = str(os.getpid())
+        if path.endswith("cgroup.procs"):
+            before = Path(tmp_path, "own", "cgroup.procs")
+            before.write_text("\n".join(pid for pid in before.read_text().split() if pid != text))
+            text = f"{Path(path).read_text()}{text}\n"
         write(path, text)
 
     remove = os.rmdir
@@ -230,10 +231,11 @@ def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_groups_of_version_2(hierarchy: Path) -> None:
-    found = cgroups.find(MEMORY, 0.5)
+    (hierarchy / "cgroup.procs").write_text(f"{os.getpid()}\n77\n")
+    found = cgroups.find(MEMORY, 0.5, [77])
     assert found.version == 2
     (root,) = map(Path, found.roots)
-    assert (hierarchy / "slotpool" / "cgroup.procs").read_text() == str(os.getpid())
+    assert sorted((hierarchy / "slotpool" / "cgroup.procs").read_text().split()) == sorted([str(os.getpid()), "77"])
     assert (hierarchy / "cgroup.subtree_control").read_text() == "+memory +cpu"
     (joined,) = found.make("slot")
     group = root / "slot"
@@ -250,7 +252,7 @@ def test_groups_of_version_2(hierarchy: Path) -> None:
 def test_a_group_that_others_are_in_is_left_as_it_is(hierarchy: Path) -> None:
     (hierarchy / "cgroup.procs").write_text(f"{os.getpid()}\n1\n")
     with pytest.raises(OSError, match=r"version 2: .*gives no controllers on"):
-        cgroups.find(MEMORY, None)
+        cgroups.find(MEMORY, None, [77])
     assert not (hierarchy / "slotpool").exists()
 
 
