@@ -27,10 +27,10 @@ import time
 from collections.abc import Sequence
 from typing import Callable
 
-from . import cgroups, confine, killing, linux, trees, zygote
+from . import cgroups, confine, killing, linux, restraint, trees, zygote
 from .confine import Order
 from .poller import Poller
-from .restraint import PERIOD, Restraint
+from .restraint import Restraint
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
@@ -61,7 +61,7 @@ class Nursery:
         self.watch(wake.fileno(), lambda: self._reap(wake))
         self.watch(self._control.fileno(), self._take_order)
         if self._restraint is not None:
-            self.later(self._restrain, PERIOD)
+            self.later(self._restrain, 0.0)
         deadline = None
         while self._serving or self.living:
             if not self._serving and deadline is None:
@@ -84,8 +84,8 @@ class Nursery:
 
     def _restrain(self) -> None:
         assert self._restraint is not None
-        self.later(self._restrain, PERIOD)
-        self._restraint.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
+        users = {sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"}
+        self.later(self._restrain, self._restraint.look(users))
 
     def _pause(self, deadline: float | None) -> float | None:
         times = [at for at, _ in self._later] + ([deadline] if deadline is not None else [])
@@ -406,7 +406,7 @@ def main(argv: list[str]) -> None:
         return  # the server has not come so far
     directory, *groups = json.loads(told)
     gc.freeze()
-    Nursery(control, None if groups else Restraint()).run()
+    Nursery(control, Restraint() if not groups and restraint.is_possible() else None).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
     for root in groups:

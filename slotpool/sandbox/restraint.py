@@ -13,14 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from . import confine
 
-PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
-_STATE, _NUM_THREADS, _POLICY = 0, 17, 38  # fields of /proc/PID/stat, counted from the state, see proc_pid_stat(5)
+_PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
+_MOST_OF_TIME = 0.1  # that looks may take then
 _BUSY = 4  # threads for each processor, from which on it is too many; `make -j$(nproc)` has a quarter of that
+_STATE, _PARENT, _NUM_THREADS, _POLICY = 0, 1, 17, 38  # fields of /proc/PID/stat from the state on, see proc_pid_stat(5)
+
+
+def is_possible() -> bool:
+    """Whether this machine tells enough of what runs on it."""
+    try:
+        return _runnable() > 0
+    except OSError:
+        return False
 
 
 class Restraint:
@@ -31,59 +41,49 @@ class Restraint:
         self._most = _BUSY * len(processors)
         self._half = set(processors[len(processors) // 2 :])
         self._root = os.geteuid() == 0
-        self._outside = os.stat("/proc/self/ns/pid").st_ino
 
-    def look(self, users: Collection[int]) -> None:
-        """Restrain the sandboxes for which that has become necessary.
+    def look(self, users: Collection[int]) -> float:
+        """Restrain the sandboxes for which that has become necessary; the seconds until the next look.
 
-        :param users: theirs, one each, if this is root; else all have this process's own, and each a PID namespace.
+        :param users: theirs, one each, if this is root; else that of this process.
         """
-        if _runnable() <= self._most:
-            return
-        busy: dict[int, int] = defaultdict(int)
+        began = time.monotonic()
+        if users and _runnable() > self._most:
+            self._look_at_all(users)
+        return max(_PERIOD, (time.monotonic() - began) / _MOST_OF_TIME)
+
+    def _look_at_all(self, users: Collection[int]) -> None:
+        busy: dict[int, list[tuple[int, Sequence[bytes]]]] = defaultdict(list)
         found: dict[int, list[int]] = defaultdict(list)
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                sandbox = self._sandbox_of(pid, users)
-                if sandbox is not None:
-                    for thread, fields in _threads(pid):
-                        found[sandbox].append(thread)
-                        busy[sandbox] += self._is_busy(thread, fields)
-            except OSError:  # it has ended
-                continue
-        for sandbox, count in busy.items():
-            if count > self._most:
+        stats = dict(_stats())
+        for pid, stat in stats.items():
+            sandbox = _user(pid, users) if self._root else _child_above(pid, stats)
+            if sandbox is not None:
+                for thread, fields in _threads(pid, stat):
+                    found[sandbox].append(thread)
+                    if fields[_STATE] == b"R":
+                        busy[sandbox].append((thread, fields))
+        for sandbox, threads in busy.items():
+            if len(threads) > self._most and any(self._is_free(*thread) for thread in threads):
                 # In a container root may not do that to others (it lacks CAP_SYS_NICE).
                 with confine.as_user(sandbox, 0) if self._root else contextlib.nullcontext():
                     self._restrain(found[sandbox])
 
-    def _is_busy(self, thread: int, fields: Sequence[bytes]) -> bool:
-        """Whether it runs, or waits for a processor, and is not restrained."""
-        if fields[_STATE] != b"R":
+    def _is_free(self, thread: int, fields: Sequence[bytes]) -> bool:
+        """Whether it is not restrained."""
+        try:
+            return int(fields[_POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= self._half
+        except OSError:  # it has ended
             return False
-        return int(fields[_POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= self._half
 
     def _restrain(self, threads: Collection[int]) -> None:
         """What they start inherits it; what they have started just before is found by the next look."""
         for thread in threads:
             try:
-                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
                 os.sched_setaffinity(thread, self._half)
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
             except OSError:  # it has ended
                 continue
-
-    def _sandbox_of(self, pid: str, users: Collection[int]) -> int | None:
-        """A number that all its processes have in common, and no others; None if it is in none."""
-        if self._root:
-            owner = os.stat(f"/proc/{pid}").st_uid
-            uid = owner or _uid(pid)  # one that has made itself undumpable has root for its owner, see proc(5)
-            return uid if uid in users else None
-        try:
-            namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
-        except PermissionError:
-            # Another user's, or one that has made itself undumpable. Those in sandboxes are taken for one sandbox's.
-            return 0 if _uid(pid) == os.getuid() and _has_inner_id(pid) else None
-        return namespace if namespace != self._outside else None
 
 
 def _runnable() -> int:
@@ -91,32 +91,60 @@ def _runnable() -> int:
     return int(_read("/proc/loadavg").split()[3].partition(b"/")[0])
 
 
-def _threads(pid: str) -> Iterator[tuple[int, Sequence[bytes]]]:
-    """Each with what /proc tells of it."""
-    fields = _stat(f"/proc/{pid}/stat")
-    if fields[_NUM_THREADS] == b"1":
-        yield int(pid), fields
+def _user(pid: int, users: Collection[int]) -> int | None:
+    """Whose it is, if that is one of ``users``."""
+    try:
+        owner = os.stat(f"/proc/{pid}").st_uid
+        if owner == 0:  # also of one that has made itself undumpable, see proc(5)
+            told = _read(f"/proc/{pid}/status").partition(b"\nUid:")[2]  # no name of a process has a line's end in it there
+            owner = int(told.split(None, 1)[0])
+    except (OSError, IndexError):  # it has ended
+        return None
+    return owner if owner in users else None
+
+
+def _child_above(pid: int, stats: Mapping[int, Sequence[bytes]]) -> int | None:
+    """The child of this process from which it descends; for a sandbox in a PID namespace, bubblewrap."""
+    for _ in range(len(stats)):  # what is read one after the other could be a circle
+        fields = stats.get(pid)
+        if fields is None:
+            return None
+        parent = int(fields[_PARENT])
+        if parent == os.getpid():
+            return pid
+        pid = parent
+    return None
+
+
+def _stats() -> Iterator[tuple[int, Sequence[bytes]]]:
+    """Of all processes that can be seen."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        fields = _stat(f"/proc/{name}/stat")
+        if fields:
+            yield int(name), fields
+
+
+def _threads(pid: int, stat: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
+    if stat[_NUM_THREADS] == b"1":
+        yield pid, stat
         return
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        yield int(thread), _stat(f"/proc/{pid}/task/{thread}/stat")
+    try:
+        names = os.listdir(f"/proc/{pid}/task")
+    except OSError:  # it has ended
+        return
+    for name in names:
+        fields = _stat(f"/proc/{pid}/task/{name}/stat")
+        if fields:
+            yield int(name), fields
 
 
 def _stat(path: str) -> Sequence[bytes]:
-    return _read(path).rpartition(b")")[2].split()  # the command's name before it may hold anything
-
-
-def _uid(pid: str) -> int:
-    return int(_status(pid, b"Uid")[0])
-
-
-def _has_inner_id(pid: str) -> bool:
-    """Whether it is in a PID namespace below the one of which /proc tells."""
-    return len(_status(pid, b"NSpid")) > 1
-
-
-def _status(pid: str, field: bytes) -> list[bytes]:
-    told = dict(line.split(b":", 1) for line in _read(f"/proc/{pid}/status").splitlines())
-    return told[field].split()
+    """Nothing of what has ended."""
+    try:
+        fields = _read(path).rpartition(b")")[2].split()  # the command's name before it may hold anything
+    except OSError:
+        return ()
+    return fields if len(fields) > _POLICY else ()
 
 
 def _read(path: str) -> bytes:

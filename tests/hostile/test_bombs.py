@@ -54,6 +54,16 @@ for _ in range(64):
                 pass
 os.wait()
 """
+NAMED = r"""
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.prctl(15, b"a)\rUid:\n 0 R")  # PR_SET_NAME, at most 15 bytes
+libc.prctl(4, 0)  # PR_SET_DUMPABLE
+for _ in range(64):
+    if not os.fork():
+        while 1: pass
+os.wait()
+"""
 DISK = bomb("disk filler", "while :; do for i in 1 2 3 4; do head -c 60M /dev/zero >f$i; done 2>&-; rm f?; done")
 INODES = bomb("inode filler", "python3 -c 'n = 0\nwhile 1: open(str(n), \"x\").close(); n += 1'")
 BOMBS = [
@@ -81,6 +91,7 @@ def test_so_it_does_in_a_container(contained: Standing, mode: str, command: str,
 
 HOGS = [
     HOG,
+    bomb("CPU hog that is hard to read", "exec python3 -c '" + NAMED + "'"),
     bomb("CPU hog in threads", "exec python3 -c '" + THREADS + "'"),
 ]
 UNRESTRAINED = bomb("CPU hog that takes its restraint off", "exec python3 -c '" + UNRESTRAINING + "'")
