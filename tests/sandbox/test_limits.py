@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, ROOT, Server, StartServer, wait_until
+from arena import family
+from conftest import ORDINARY_USER, PACKAGE, ROOT, Server, StartServer, wait_until
 
 from slotpool.sandbox import cgroups
 
@@ -129,7 +131,7 @@ def test_processors_cannot_be_limited_without_groups() -> None:
 
 
 def test_processors_are_shared_without_groups(start_server: StartServer) -> None:
-    """By restraining a slot with very many busy threads, and no other."""
+    """By restraining a slot with very many busy threads, and nobody else."""
     server = start_server("bwrap-as-user" if ROOT else "bwrap")
     many, few = server.lease(2)
     if limits(server)["cpu_share"].startswith("cgroup"):
@@ -152,10 +154,17 @@ for pid in children: os.kill(pid, signal.SIGKILL)
 """
     processors = len(os.sched_getaffinity(0))
     half = processors - processors // 2
-    with ThreadPoolExecutor(1) as thread:
+    more: dict[str, Any] = {"user": ORDINARY_USER, "group": "nogroup", "extra_groups": []} if ROOT else {}
+    loop = ["sh", "-c", "while :; do :; done"]
+    bystanders = [subprocess.Popen(["unshare", "-Urpf", "--kill-child", *loop], **more) for _ in range(5 * processors)]
+    with contextlib.ExitStack() as ended, ThreadPoolExecutor(1) as thread:
+        for bystander in bystanders:
+            ended.callback(bystander.wait)
+            ended.callback(bystander.kill)
         looks = thread.submit(server.bash, few, "exec python3 - 2", stdin=busy)
         assert wait_until(lambda: "begun" in server.bash(few, "ls")["stdout"])
         assert server.bash(many, f"exec python3 - {5 * processors}", stdin=busy)["stdout"] == f"[(True, {half})]\n"
+        assert {os.sched_getscheduler(pid) for one in bystanders for pid in family(one.pid)} == {os.SCHED_OTHER}
         server.bash(few, "touch end")
         assert looks.result()["stdout"] == f"[(False, {processors})]\n"
     assert server.bash(many, "echo well")["stdout"] == "well\n"
