@@ -3,8 +3,8 @@
 It is small and single-threaded, so that forking it is cheap and safe, and holds no secret that a fork could carry into a
 slot. Each sandbox's zygote is forked from here, so a slot costs a fork, not an interpreter's start.
 
-The first message on the control socket (``SOCK_SEQPACKET``, its descriptor is the argument) tells what to clear up in the end:
-a JSON list of the server's directory and its control groups, with descriptors that are locks, to be held till then. Each
+The first message on the control socket (``SOCK_SEQPACKET``, the first argument is its descriptor) tells what to clear up at the
+end: a JSON list of the server's directory and its control groups, with descriptors that are locks, to be held till then. Each
 further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the
 zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
 writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the

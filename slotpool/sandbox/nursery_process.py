@@ -29,14 +29,15 @@ class NurseryProcess:
             bootstrap = (
                 "import sys; sys.path.append(sys.argv.pop(1)); from slotpool.sandbox import nursery; nursery.main(sys.argv[1:])"
             )
+            of = os.environ.get("TMPDIR", "")  # is of no use to it, and tells who looks at processes whose this one is
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno())],
+                [sys.executable, "-I", "-S", "-c", bootstrap, package_root, str(far.fileno()), of],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[far.fileno()],
                 start_new_session=True,
-                # Python itself may need the first, and the second tells whose process this is; nothing goes on into sandboxes.
-                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ},
+                # Python itself may need that one; nothing else of the server's environment goes into sandboxes.
+                env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
                 cwd="/",
             )
             self._control = near.dup()

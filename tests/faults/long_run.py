@@ -106,7 +106,10 @@ def run(leases: int, used: int, isolation: str, pieces: int, each: Callable[[int
             while pool.available_slots < SLOTS or pool.get_stats()["slots_ready"] < SLOTS:
                 assert time.monotonic() < deadline, pool.get_stats()
                 time.sleep(0.01)
-            each(done, {"client": Sample.of(os.getpid()), "server": Sample.of(server), "nursery": Sample.of(nursery)})
+            looked_at = {"client": os.getpid(), "server": server}
+            if os.geteuid() == 0:  # nobody else may look at a nursery
+                looked_at["nursery"] = nursery
+            each(done, {name: Sample.of(pid) for name, pid in looked_at.items()})
         stats = pool.get_stats()
         assert stats["acquired_slots"] == 0
         assert stats["containers_lost"] == 0
