@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from . import confine
+from . import confine, linux
 
 _PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
 _MOST_OF_TIME = 0.1  # that looks may take then
@@ -88,7 +88,7 @@ class Restraint:
 
 def _runnable() -> int:
     """How many threads of the whole machine run, or wait for a processor, see proc_loadavg(5)."""
-    return int(_read("/proc/loadavg").split()[3].partition(b"/")[0])
+    return int(linux.read("/proc/loadavg").split()[3].partition(b"/")[0])
 
 
 def _user(pid: int, users: Collection[int]) -> int | None:
@@ -96,7 +96,9 @@ def _user(pid: int, users: Collection[int]) -> int | None:
     try:
         owner = os.stat(f"/proc/{pid}").st_uid
         if owner == 0:  # also of one that has made itself undumpable, see proc(5)
-            told = _read(f"/proc/{pid}/status").partition(b"\nUid:")[2]  # no name of a process has a line's end in it there
+            told = linux.read(f"/proc/{pid}/status").partition(b"\nUid:")[
+                2
+            ]  # no name of a process has a line's end in it there
             owner = int(told.split(None, 1)[0])
     except (OSError, IndexError):  # it has ended
         return None
@@ -141,15 +143,7 @@ def _threads(pid: int, stat: Sequence[bytes]) -> Iterator[tuple[int, Sequence[by
 def _stat(path: str) -> Sequence[bytes]:
     """Nothing of what has ended."""
     try:
-        fields = _read(path).rpartition(b")")[2].split()  # the command's name before it may hold anything
+        fields = linux.read(path).rpartition(b")")[2].split()  # the command's name before it may hold anything
     except OSError:
         return ()
     return fields if len(fields) > _POLICY else ()
-
-
-def _read(path: str) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 8192)
-    finally:
-        os.close(fd)

@@ -81,6 +81,7 @@ class TenancyMaker:
             if config.isolation in ("auto", "bwrap"):
                 self._etc = isolation.make_etc(os.path.join(directory, "etc"))
             self.isolation = isolation.choose(config.isolation, self._try_out, self._limits(), config.readonly_paths)
+            self._restrained = self.isolation.mode != "none" and restraint.is_possible()
         except BaseException:
             self.close()
             raise
@@ -125,13 +126,12 @@ class TenancyMaker:
         """By what each kind of limit is kept; ``none`` for what is not limited."""
         by_group = f"cgroup v{self._groups.version}" if self._groups is not None else "none"
         by_process = self.isolation.rlimits
-        restrained = self.isolation.mode != "none" and restraint.is_possible()
         return {
             "processes": "rlimit" if "RLIMIT_NPROC" in by_process else "none",
             "open_files": "rlimit" if "RLIMIT_NOFILE" in by_process else "none",
             "memory": "rlimit" if "RLIMIT_DATA" in by_process else by_group if self._config.max_memory is not None else "none",
             "cpu": by_group if self._config.max_cpus is not None else "none",
-            "cpu_share": by_group if self._groups is not None else "SCHED_IDLE" if restrained else "none",
+            "cpu_share": by_group if self._groups is not None else "SCHED_IDLE" if self._restrained else "none",
             "file_size": "rlimit" if "RLIMIT_FSIZE" in by_process else "none",
             "disk": "tmpfs" if self._config.max_disk is not None else "none",
             "wall_time": "timeout",
