@@ -8,7 +8,7 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypedDict
 
 from . import cgroups, landlock, linux
@@ -90,23 +90,25 @@ def settle(order: Order) -> None:
         landlock.restrict(**confined)
 
 
-def exec_bwrap(order: Order, stdin: int, stdout: int, info: int) -> NoReturn:
+def exec_bwrap(order: Order, stdin: int, stdout: int, info: Sequence[int]) -> NoReturn:
     """Become bubblewrap, as the sandbox's user; the payload copies ``stdin`` to ``stdout``.
 
     The payload's descriptors can be taken by the slot, whose user it has: none of them may be worth it.
+
+    If this process's parent dies while the sandbox is made, that goes on to its end, where the payload finds ``stdin`` closed.
+    To be killed before would leave the first process of the namespaces waiting for ever.
+
+    :param info: a pipe's two ends. Both are kept, as writing to one that nobody reads would be such a death too.
     """
     try:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
         os.dup2(stdout, 2)  # its messages; the server's own standard error must not be had from inside
-        parent = os.getppid()
         cgroups.join(order["groups"])
         become_user(order["uid"], order["gid"])
-        linux.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it could be noticed
-            os._exit(126)
-        os.set_inheritable(info, True)
-        argv = [*order["bwrap"], "--info-fd", str(info), "--", "/bin/cat"]
+        for fd in info:
+            os.set_inheritable(fd, True)
+        argv = [*order["bwrap"], "--info-fd", str(info[1]), "--", "/bin/cat"]
         os.execve(argv[0], argv, {})
     except OSError as e:
         os.write(2, f"slotpool: can't start bubblewrap: {e}\n".encode())

@@ -77,6 +77,11 @@ def kill_tree(root: int) -> bool:
     return killed
 
 
+def kill_descendants() -> bool:
+    """Kill all descendants of this process, a child subreaper; False if that took over ``KILL_LIMIT``."""
+    return _kill_all(lambda: _descendants([os.getpid()], list(_living())))
+
+
 def _kill_all(find: Callable[[], set[int]]) -> bool:
     """Kill what is found until nothing is; all are stopped first, so that nothing can fork or lose its parent meanwhile."""
     deadline = time.monotonic() + KILL_LIMIT

@@ -20,6 +20,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
 PR_SET_NO_NEW_PRIVS = 38
 
 CLONE_NEWNS = 0x00020000
@@ -72,6 +73,14 @@ def set_dumpable(dumpable: bool) -> None:
 def set_child_subreaper() -> None:
     """Make orphaned descendants children of this process; the setting survives ``execve``."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def is_child_subreaper() -> bool:
+    """Whether orphaned descendants become children of this process."""
+    answer = ctypes.c_int()
+    if _libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(answer), *[ctypes.c_ulong(0)] * 3) < 0:
+        raise _failed(f"prctl {PR_GET_CHILD_SUBREAPER}")
+    return bool(answer.value)
 
 
 def set_parent_death_signal(signum: int) -> None:

@@ -52,7 +52,8 @@ class Nursery:
         self._restraint = restraint
         self._later: list[tuple[float, Callable[[], None]]] = []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Serve until the server is gone, then end all sandboxes; whether all have ended."""
         wake, wakened = socket.socketpair()
         for end in (wake, wakened):
             end.setblocking(False)
@@ -69,7 +70,7 @@ class Nursery:
                 for sandbox in list(self.living):
                     sandbox.end()
             if deadline is not None and time.monotonic() > deadline:
-                return
+                return False
             for call in self._poller.ready(self._pause(deadline)):
                 _guarded(call)
             now = time.monotonic()
@@ -77,6 +78,7 @@ class Nursery:
             self._later = [(at, call) for at, call in self._later if at > now]
             for call in due:
                 _guarded(call)
+        return True
 
     def later(self, call: Callable[[], None], pause: float = _PAUSE) -> None:
         """Call it in a moment, by default because there is a shortage now."""
@@ -322,7 +324,7 @@ class BwrapSandbox(Sandbox):
             self._hold, self._settled = None, True
             raise
         if pid == 0:
-            confine.exec_bwrap(self.order, waits, payload_out, bwrap_info)
+            confine.exec_bwrap(self.order, waits, payload_out, (self._info, bwrap_info))
         for fd in (waits, payload_out, bwrap_info):
             os.close(fd)
         self.nursery.watch(self._info, self._learn_first)
@@ -406,11 +408,13 @@ def main(argv: list[str]) -> None:
         return  # the server has not come so far
     directory, *groups = json.loads(told)
     gc.freeze()
-    Nursery(control, Restraint() if not groups and restraint.is_possible() else None).run()
+    ended = Nursery(control, Restraint() if not groups and restraint.is_possible() else None).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
     for root in groups:
         cgroups.remove_all(root)
+    if not ended:
+        sys.exit(1)
 
 
 def _keep_to_ourselves(control: int) -> int:

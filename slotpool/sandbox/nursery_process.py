@@ -71,6 +71,11 @@ class NurseryProcess:
         """Wait until it has ended."""
         self._process.wait()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended and may have left processes of sandboxes."""
+        return self._process.returncode not in (None, 0)
+
     def close(self) -> None:
         """End every sandbox and the nursery; returns when it has ended. Repeatable."""
         self._control.close()

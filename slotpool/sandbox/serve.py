@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 import attr
 
 from ..errors import StartFailed
+from . import linux
 from .app import App
 from .front import Front
 from .host import Host
@@ -63,6 +64,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None], nursery: Nursery
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
+    linux.set_child_subreaper()  # what a nursery leaves, if it is killed, comes here to be killed too
     _on_signals(_leave)
     try:
         host = Host(config.host, nursery or NurseryProcess())

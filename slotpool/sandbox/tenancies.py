@@ -12,7 +12,7 @@ import threading
 import attr
 
 from ..errors import SandboxStartFailed, StartFailed
-from . import cgroups, isolation, restraint, trees
+from . import cgroups, isolation, killing, linux, restraint, trees
 from .cell import Cell, spawn
 from .executions import Executions
 from .isolation import Isolation, Limits, Place
@@ -146,6 +146,8 @@ class TenancyMaker:
         if self._state is not None:
             self._state.release()
         self._nursery.close()
+        if self._nursery.has_failed and linux.is_child_subreaper() and not killing.kill_descendants():
+            log.error("what the process that makes sandboxes has left could not be killed")
         if self._groups is not None:
             self._groups.close()
         if self._users is not None:

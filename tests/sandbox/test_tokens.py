@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import PACKAGE, Server, StartServer, slotpool_processes, wait_until
+from conftest import PACKAGE, SESSION, Server, StartServer, slotpool_processes, wait_until
 
 from slotpool.errors import ContainerLost, ContainerRefused, InvalidRequest, LeaseLost
 from slotpool.sandbox.client import SandboxClient
@@ -175,3 +178,23 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, 
     assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
     assert victim == "nursery" or wait_until(lambda: not os.path.exists(state))
     server.process.wait(10)
+
+
+@pytest.mark.parametrize("mode", ["bwrap", "bwrap-as-user"])
+def test_nothing_of_a_sandbox_that_was_being_made_outlives_a_killed_nursery(
+    start_server: StartServer, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        # What a bubblewrap that is killed at the wrong moment leaves: a process that waits for it, for ever.
+        wrapper = Path(directory, "bwrap")
+        wrapper.write_text(f"#!/bin/sh\nsh -c 'sleep 1007; :' {SESSION} &\nexec {shutil.which('bwrap')} \"$@\"\n")
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+        before = set(slotpool_processes())
+        server = start_server(mode, slots=1)
+        assert [line for line in slotpool_processes() if "sleep 1007" in line]
+        nurseries = [line for line in slotpool_processes() if "nursery" in line and line not in before]
+        os.kill(min(int(line.split(":")[0]) for line in nurseries), signal.SIGKILL)
+        assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
+        server.process.wait(10)
