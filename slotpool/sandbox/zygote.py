@@ -222,18 +222,26 @@ class Zygote:
             pass
         self._collect()
 
-    def _collect(self) -> None:
-        """Collect every child that has ended, those that were orphaned and came to this process too."""
+    def _collect(self, killed: _Call | None = None) -> None:
+        """Collect every child that has ended, those that were orphaned and came to this process too.
+
+        :param killed: its end is told when what it had started is collected too, as the next command could still see that.
+        """
+        killed_status = None
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                break
             if pid == 0:
-                return
+                break
             call = self._calls.get(pid)
-            if call is not None:
+            if killed is not None and call is killed:
+                killed_status = status
+            elif call is not None:
                 self._ended(call, status)
+        if killed is not None and killed_status is not None:
+            self._ended(killed, killed_status)
 
     def _ended(self, call: _Call, status: int) -> None:
         del self._calls[call.pid]
@@ -259,7 +267,7 @@ class Zygote:
     def _kill(self, call: _Call) -> None:
         if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):
             os._exit(1)  # the server replaces the whole sandbox
-        self._collect()
+        self._collect(call)
 
     def _fork_tool(self, sock: socket.socket, order: dict[str, Any], fds: dict[str, int]) -> int:
         pid = os.fork()
