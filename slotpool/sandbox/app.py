@@ -226,7 +226,7 @@ class App:
         return _json(200, {"network": self._host.reset(slot, lease, network)}, self._host.restock)
 
     def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
-        reading = transfer.Reading(self._host, slot, lease, _path(environ))
+        reading = transfer.read(self._host, slot, lease, _path(environ))
         return Response(200, reading, reading.size, "application/octet-stream", reading.close)
 
     def _write_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:

@@ -6,6 +6,7 @@ slot's own code could.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -15,19 +16,23 @@ _CHUNK = 1 << 18
 SIZE = struct.Struct("!Q")
 
 
-def _require_regular(fd: int) -> os.stat_result:
+def require_regular(fd: int) -> os.stat_result:
     info = os.fstat(fd)
+    _require_regular(info)
+    return info
+
+
+def _require_regular(info: os.stat_result) -> None:
     if stat.S_ISDIR(info.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(info.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    return info
 
 
 def read_file(path: str, limit: int, sized: bool) -> None:
     """To standard output; if it is to be ``sized``, after its size."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    size = _require_regular(fd).st_size
+    size = require_regular(fd).st_size
     begun = b"" if size else _read_all(fd, limit + 1)  # in /proc they have no size, and a content all the same
     size = size or len(begun)
     if size > limit:
@@ -57,43 +62,70 @@ def _write(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_file(path: str, size: int) -> None:
-    target = os.path.realpath(path)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    mode = 0o666 & ~_umask()
-    try:
-        info = os.stat(target)
-    except FileNotFoundError:
-        pass
-    else:
-        if stat.S_ISDIR(info.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        mode = stat.S_IMODE(info.st_mode)
-    # Beside the target and renamed when whole: a full disk or a broken connection loses nothing.
-    partial = os.path.join(os.path.dirname(target), f".slotpool-{os.urandom(8).hex()}")
-    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        _take_room(fd, size)
-        _copy_exactly(0, fd, size)
-        os.fchmod(fd, mode)
-        os.rename(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
+class Replacement:
+    """A new file that is to take the place of ``name``. Until it is whole it is beside that: a full disk or a broken connection
+    loses nothing.
 
-
-def _take_room(fd: int, size: int) -> None:
-    """A full disk is noticed before anything is moved. And ext4 writes a file that has no blocks yet to the disk when it
-    replaces another (the mount option auto_da_alloc), which for 1 MiB takes longer than all else here.
+    :ivar fd: to write to.
     """
-    if size:
+
+    def __init__(self, directory: int, name: str) -> None:
+        """:param directory: a descriptor of the one that it is in; it is closed with this."""
+        self._directory = directory
+        self._name = name
+        self._partial = f".slotpool-{os.urandom(8).hex()}"
         try:
-            os.posix_fallocate(fd, 0, size)
+            self._mode = self._mode_of_the_old()
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.fd = os.open(self._partial, flags, 0o600, dir_fd=directory)
+        except BaseException:
+            os.close(directory)
+            raise
+
+    def _mode_of_the_old(self) -> int:
+        try:
+            info = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return 0o666 & ~_umask()
+        _require_regular(info)
+        return stat.S_IMODE(info.st_mode)
+
+    def take_room(self, size: int) -> None:
+        """A full disk is noticed before anything is moved. And ext4 writes a file that has no blocks yet to the disk when it
+        replaces another (the mount option auto_da_alloc), which for 1 MiB takes longer than all else here.
+        """
+        if size:
+            os.posix_fallocate(self.fd, 0, size)
+
+    def put_in_place(self) -> None:
+        os.fchmod(self.fd, self._mode)
+        os.rename(self._partial, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        self._partial = ""
+
+    def close(self) -> None:
+        """Remove it, unless it was put in place."""
+        try:
+            if self._partial:
+                os.unlink(self._partial, dir_fd=self._directory)
+        except FileNotFoundError:  # the slot has moved it
+            pass
+        finally:
+            os.close(self.fd)
+            os.close(self._directory)
+
+
+def write_file(path: str, size: int) -> None:
+    """From standard input."""
+    directory, name = os.path.split(os.path.realpath(path))
+    os.makedirs(directory, exist_ok=True)
+    with contextlib.closing(Replacement(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), name)) as replacement:
+        try:
+            replacement.take_room(size)
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else this file system, or this kernel, can't
                 raise
+        _copy_exactly(0, replacement.fd, size)
+        replacement.put_in_place()
 
 
 def _copy_exactly(source: int, target: int, size: int) -> None:

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..errors import SandboxStartFailed
 from . import logs, protocol, tools, zygote
 from .capture import Driver, Job
+from .cell import Cell
 from .leases import Lease, LeaseTable
 from .nursery_process import NurseryProcess
 from .protocol import CallRequest, RequestFailed
@@ -249,7 +250,8 @@ class Host:
                 raise protocol.lease_lost(slot)
             return self._tenancies[slot]
 
-    def _holds(self, slot: str, token: str) -> bool:
+    def holds(self, slot: str, token: str) -> bool:
+        """Whether that lease goes on."""
         with self._lock:
             return self._table.check(slot, token, time.monotonic()) is not None
 
@@ -335,14 +337,21 @@ class Host:
             raise RequestFailed("slot_broken", why, may_have_run=False)
         if not job.outcome.lost:
             return False
+        self.replace(tenancy, job.call.cell, slot, token)
+        if not job.outcome.timed_out:
+            raise protocol.processes_lost()
+        return True
+
+    def replace(self, tenancy: Tenancy, cell: Cell, slot: str, token: str) -> None:
+        """Make new processes for a slot, as those of ``cell`` were lost during a call, or do not answer.
+
+        :raises RequestFailed: its lease has ended, or the server ends.
+        """
         if self._closing:
             raise RequestFailed("closing", "the server is shutting down", may_have_run=True)
-        if not self._holds(slot, token):
+        if not self.holds(slot, token):
             raise protocol.lease_lost(slot, may_have_run=True)
-        self._maker.mend(tenancy, job.call.cell)
-        if job.outcome.timed_out:
-            return True
-        raise RequestFailed("slot_broken", "the slot's processes were lost during the call", may_have_run=True)
+        self._maker.mend(tenancy, cell)
 
     def tenancy(self, slot: str, token: str) -> Tenancy:
         return self._tenancy(slot, token)

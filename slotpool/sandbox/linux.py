@@ -36,6 +36,11 @@ _IPC_RMID = 0
 _KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+
+_SYS_openat2 = 437
+_AT_FDCWD = -100
 SYS_landlock_create_ruleset = 444
 SYS_landlock_add_rule = 445
 SYS_landlock_restrict_self = 446
@@ -175,6 +180,17 @@ def _remove_ipc_objects(uid: int) -> None:
             ident = int(row["msqid" if kind == "msg" else f"{kind}id"])
             if uid in (int(row["uid"]), int(row["cuid"])) and remove(ident) < 0:
                 raise _failed(f"{kind}ctl")
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def openat2(path: str, flags: int, resolve: int) -> int:
+    """A descriptor of a path below the working directory, closed on exec."""
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
+    size = ctypes.c_size_t(ctypes.sizeof(how))
+    return syscall(_SYS_openat2, ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.byref(how), size)
 
 
 def read(path: str) -> bytes:

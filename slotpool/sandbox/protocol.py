@@ -125,6 +125,11 @@ def lease_lost(slot: str, may_have_run: bool = False) -> RequestFailed:
     return RequestFailed("lease_lost", f"{slot} is not, or no longer, held by this lease", may_have_run=may_have_run)
 
 
+def processes_lost() -> RequestFailed:
+    """The failure of a call during which the slot's processes were lost."""
+    return RequestFailed("slot_broken", "the slot's processes were lost during the call", may_have_run=True)
+
+
 _SLOT_ERRORS: dict[str, type[errors.SlotError]] = {
     "unauthorized": errors.ContainerRefused,
     "not_found": errors.ContainerRefused,

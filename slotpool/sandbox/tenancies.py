@@ -49,11 +49,16 @@ class Tenancy:
 
     def __init__(self, place: Place, cell: Cell, setting: Setting) -> None:
         self.place = place
+        self.device = os.stat(place.workspace).st_dev
         self.cell = cell
         self.setting = setting  # what tools are used in
         self.executions = Executions()
         self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
         self.ended = False
+
+    def within(self, path: str) -> str:
+        """That path of the slot's below its workspace, from there."""
+        return path[len(self.setting.workspace) + 1 :]
 
 
 class TenancyMaker:

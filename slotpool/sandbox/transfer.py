@@ -1,15 +1,20 @@
-"""Files on their way between a request and a slot, in parts, so that the server's memory does not grow with them."""
+"""Files on their way between a request and a slot, in parts, so that the server's memory does not grow with them.
+
+The server moves them itself where it can, see :mod:`.direct`. Else a process in the slot does, as a call of its own.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Union
 
-from . import protocol, tools
+from . import direct, loan, protocol, tools
 from .capture import Driver, Outcome, Output
 from .cell import Call, Cell
 from .files import SIZE
@@ -79,6 +84,20 @@ class _Source:
         self._left -= len(part)
         return part
 
+    def check(self) -> None:
+        """
+        :raises RequestFailed: it ended early.
+        """
+        if self.failure is not None:
+            raise protocol.invalid("content", f"{self.size} bytes", f"fewer: {self.failure}") from self.failure
+
+    def whole(self) -> Iterator[bytes]:
+        """
+        :raises RequestFailed: it ends early.
+        """
+        yield from iter(self, b"")
+        self.check()
+
 
 class _Read:
     """``read_file``, in parts."""
@@ -126,14 +145,27 @@ class _Transfer:
             raise RequestFailed("file_error", error, errno=errno.ETIMEDOUT, path=self._tool.path)
 
 
-class Reading:
+def read(host: Host, slot: str, token: str, path: str) -> Reading:
+    """Begin to read a file. If it is not large, all of it has been read then.
+
+    :raises RequestFailed: it can't be read.
+    """
+    tenancy = host.tenancy(slot, token)
+    whole = tools.inside({"path": path}, tenancy.setting.workspace)
+    lent = loan.to_read(tenancy.cell, tenancy.within(whole), tenancy.device)
+    if lent is None:
+        return _CopiedReading(host, slot, token, path)
+    try:
+        return direct.DirectReading(lent, whole, host.config.max_file, functools.partial(host.holds, slot, token))
+    except BaseException:
+        lent.close()
+        raise
+
+
+class _CopiedReading:
     """A file that is being read: iterate over its content, and close it in the end. Used by one thread."""
 
     def __init__(self, host: Host, slot: str, token: str, path: str) -> None:
-        """Begin. If the file is not large, all of it has been read then.
-
-        :raises RequestFailed: it can't be read.
-        """
         self._transfer = _Transfer(host, slot, token, lambda setting: _Read(path, setting))
         self._content = Content()
         self._transfer.job.outcome.stdout = self._content
@@ -174,6 +206,9 @@ class Reading:
         self._transfer.job.call.close()
 
 
+Reading = Union[direct.DirectReading, _CopiedReading]
+
+
 def write(host: Host, slot: str, token: str, path: str, size: int, read: Callable[[int], bytes]) -> None:
     """Replace a file.
 
@@ -181,6 +216,21 @@ def write(host: Host, slot: str, token: str, path: str, size: int, read: Callabl
     :raises RequestFailed: it can't be written; then nothing is changed.
     """
     source = _Source(size, read)
+    tenancy = host.tenancy(slot, token)
+    whole = tools.inside({"path": path}, tenancy.setting.workspace)
+    cell = tenancy.cell
+    lent = loan.to_replace(cell, tenancy.within(whole), size, tenancy.device)
+    if lent is None:
+        _write_copied(host, slot, token, path, source)
+        return
+    with contextlib.closing(lent):
+        told = direct.write(lent, whole, source.whole())
+    if not told:
+        host.replace(tenancy, cell, slot, token)
+        raise protocol.processes_lost()
+
+
+def _write_copied(host: Host, slot: str, token: str, path: str, source: _Source) -> None:
     transfer = _Transfer(host, slot, token, lambda setting: _Write(path, setting, source))
     driver = Driver([transfer.job])
     try:
@@ -188,6 +238,5 @@ def write(host: Host, slot: str, token: str, path: str, size: int, read: Callabl
     finally:
         driver.close()
         transfer.job.call.close()
-    if source.failure is not None:
-        raise protocol.invalid("content", f"{size} bytes", f"fewer: {source.failure}") from source.failure
+    source.check()
     transfer.check()

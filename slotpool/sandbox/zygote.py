@@ -15,6 +15,9 @@ the order that ``fds`` names them. What it starts is named by ``op``:
 ``write``
     replace the file ``path`` by what comes on ``stdin``, ``size`` bytes, or leave it as it was.
 
+``open``, ``create``
+    what :class:`.Lender` does.
+
 ``read`` and ``write`` report a failure on ``stderr`` as JSON: ``[errno, message]``.
 
 ``call`` is a socket of the call's own. When the call's process has ended, its wait status goes there as a 32-bit
@@ -38,6 +41,7 @@ from collections.abc import Sequence
 from typing import Any, Callable, NoReturn
 
 from . import confine, files, killing, linux
+from .lender import Lender
 from .poller import Poller
 
 # Runs in a shell that is started before its command is known. From descriptor TALK, a socket, it reads a length and a script of
@@ -155,6 +159,7 @@ class Zygote:
         self._env = env
         self._calls: dict[int, _Call] = {}  # by process id
         self._poller = Poller()
+        self._lender = Lender(self._poller)
         self._marks = killing.Marks()
         # A descriptor, as a signal's handler costs more than all else that is done here.
         self._child_ended = linux.child_signals()
@@ -176,6 +181,9 @@ class Zygote:
         order: dict[str, Any] = json.loads(message)
         named = dict(zip(order["fds"], fds))
         sock = socket.socket(fileno=named.pop("call"))
+        if order["op"] in ("open", "create"):
+            self._lender.lend(order, sock)
+            return
         mark = self._marks.put_on()
         try:
             start = self._start_shell if order["op"] == "shell" else functools.partial(self._fork_tool, sock)

@@ -44,6 +44,10 @@ class Impostor(Zygote):
             os.close(fd)
 
     def answer(self, order, fds, sock):
+        if order["op"] in ("open", "create"):
+            if b"HOSTILE-lend" in order["path"].encode():
+                self.attack(order["path"].encode(), fds, sock)
+            return
         if order["op"] != "shell":
             self.attack(order["path"].encode(), fds, sock)
             pid = self._fork_tool(sock, order, fds)
@@ -143,6 +147,69 @@ class Impostor(Zygote):
         os.write(fds["stderr"], b'[2, "' + b"\\u0000\xff" * 10_000 + b'"]')
         sock.send(STATUS.pack(256))
 
+    def lend(self, sock, fd, *more):
+        socket.send_fds(sock, [lender.ANSWER.pack(0)], [fd, *more])
+        return sock.recv(1)
+
+    def lend_fifo(self, fds, sock, control):
+        os.mkfifo("fifo")
+        self.lend(sock, os.open("fifo", os.O_RDWR))
+
+    def lend_directory(self, fds, sock, control):
+        self.lend(sock, os.open(".", os.O_RDONLY))
+
+    def lend_device(self, fds, sock, control):
+        self.lend(sock, os.open("/dev/zero", os.O_RDWR))
+
+    def lend_memory(self, fds, sock, control):
+        fd = os.memfd_create("mine")
+        os.truncate(fd, 1 << 40)
+        self.lend(sock, fd)
+
+    def lend_proc(self, fds, sock, control):
+        self.lend(sock, os.open("/proc/version", os.O_RDONLY))
+
+    def lend_path(self, fds, sock, control):
+        self.lend(sock, os.open("own", os.O_PATH | os.O_CREAT | os.O_RDWR))
+
+    def lend_for_writing(self, fds, sock, control):
+        self.lend(sock, os.open("own", os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+
+    def lend_for_reading(self, fds, sock, control):
+        self.lend(sock, os.open("own", os.O_RDONLY | os.O_CREAT))
+
+    def lend_endless(self, fds, sock, control):
+        fd = os.open("own", os.O_RDWR | os.O_CREAT)
+        os.truncate(fd, 1 << 40)
+        self.lend(sock, fd)
+
+    def lend_shrinking(self, fds, sock, control):
+        fd = os.open("own", os.O_RDWR | os.O_CREAT)
+        os.truncate(fd, 100 << 20)
+        socket.send_fds(sock, [lender.ANSWER.pack(0)], [fd])
+        for _ in range(10_000):
+            os.truncate(fd, 0)
+            os.truncate(fd, 100 << 20)
+
+    def lend_many(self, fds, sock, control):
+        self.lend(sock, *[os.open("own", os.O_RDWR | os.O_CREAT)] * 250)
+
+    def lend_nothing(self, fds, sock, control):
+        sock.send(lender.ANSWER.pack(0))
+        sock.recv(1)
+
+    def lend_and_hang_up(self, fds, sock, control):
+        self.lend(sock, os.open("own", os.O_RDWR | os.O_CREAT))
+
+    def lend_and_talk(self, fds, sock, control):
+        self.lend(sock, os.open("own", os.O_RDWR | os.O_CREAT))
+        for _ in range(100):
+            sock.send(b"u", socket.MSG_OOB)
+        sock.send(os.urandom(1000))
+        socket.send_fds(sock, [lender.ANSWER.pack(-1)], [0] * 250)
+
+
+from . import lender
 
 Zygote = Impostor
 """
@@ -200,6 +267,22 @@ READS = [
     case("an error that is none", "claim"),
     case("an error of 80,000 bytes", "name"),
 ]
+LOANS = [
+    case("a FIFO lent for a file", "lend_fifo"),
+    case("a directory lent for a file", "lend_directory"),
+    case("a device lent for a file", "lend_device"),
+    case("memory lent for a file", "lend_memory"),
+    case("a file of /proc lent for its own", "lend_proc"),
+    case("a descriptor lent that only stands for a path", "lend_path"),
+    case("a file lent that can only be appended to", "lend_for_writing"),
+    case("a file lent that can only be read", "lend_for_reading"),
+    case("a file of a terabyte lent", "lend_endless"),
+    case("a file lent that grows and shrinks", "lend_shrinking"),
+    case("250 files lent for one", "lend_many"),
+    case("nothing lent", "lend_nothing"),
+    case("a file lent, and nothing more heard", "lend_and_hang_up"),
+    case("a file lent, then garbage", "lend_and_talk"),
+]
 SAID = {"more": 10, "much_more": 10 << 20}
 
 
@@ -229,6 +312,20 @@ def test_a_file_of_an_impostors_ends(arena: Arena, act: str) -> None:
         with contextlib.suppress(SlotPoolError):
             content = arena.server.client.read_file(arena.a["slot"], arena.a["token"], f"HOSTILE-{act}")
             assert len(content) == SAID[act]
+
+    check(arena, call)
+
+
+@pytest.mark.parametrize("act", LOANS)
+def test_what_an_impostor_lends_does_no_harm(arena: Arena, act: str) -> None:
+    path = f"HOSTILE-{act}"
+
+    def call() -> None:
+        with contextlib.suppress(SlotPoolError):
+            content = arena.server.client.read_file(arena.a["slot"], arena.a["token"], path)
+            assert content.strip(b"\0") == b""
+        with contextlib.suppress(SlotPoolError):
+            arena.server.client.write_file(arena.a["slot"], arena.a["token"], path, bytes(1 << 20))
 
     check(arena, call)
 

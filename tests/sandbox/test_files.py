@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import http.client
+import json
 import socket
 import time
 from pathlib import Path
@@ -13,7 +16,10 @@ from conftest import Server, StartServer
 from slotpool.errors import FileError
 from slotpool.sandbox.protocol import LEASE_HEADER, Lease
 
-LARGE = bytes(range(256)) * 65536  # 16 MiB, more than all buffers on the way
+LARGE = bytes(range(256)) * 65536  # 16 MiB, more than all buffers on the way; the server writes it itself
+LARGER = LARGE * 2  # a process in the slot does
+
+of_both_sizes = pytest.mark.parametrize("content", [pytest.param(LARGE, id="large"), pytest.param(LARGER, id="larger")])
 
 
 def _most_memory(server: Server) -> int:
@@ -86,12 +92,13 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_never_taken_for_whole(s
     assert server.client.read_file(lease["slot"], lease["token"], "big") == b""
 
 
-def test_a_content_that_breaks_off_leaves_the_file_as_it_was(start_server: StartServer) -> None:
+@of_both_sizes
+def test_a_content_that_breaks_off_leaves_the_file_as_it_was(start_server: StartServer, content: bytes) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     server.client.write_file(lease["slot"], lease["token"], "big", b"before")
-    writing = _begin(server, lease, "PUT", len(LARGE))
-    writing.send(LARGE[: len(LARGE) // 2])
+    writing = _begin(server, lease, "PUT", len(content))
+    writing.send(content[: len(content) // 2])
     assert server.bash(lease, "ls -A | wc -l")["stdout"] == "2\n"  # it is on its way
     writing.close()
     assert server.bash(lease, "until [ $(ls -A | wc -l) = 1 ]; do sleep 0.01; done; cat big")["stdout"] == "before"
@@ -109,3 +116,33 @@ def test_a_lease_that_ends_while_its_file_is_read_ends_the_reading(start_server:
     with pytest.raises(http.client.IncompleteRead):
         answer.read()
     reading.close()
+
+
+@of_both_sizes
+def test_a_file_whose_place_is_taken_while_it_is_written_is_an_error_and_leaves_nothing(
+    start_server: StartServer, content: bytes
+) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    with contextlib.closing(_begin(server, lease, "PUT", len(content))) as writing:
+        writing.send(content[: len(content) // 2])
+        server.bash(lease, "until [ $(ls -A | wc -l) = 1 ]; do sleep 0.01; done; mkdir -p big/in/the/way")
+        writing.send(content[len(content) // 2 :])
+        error = json.loads(writing.getresponse().read())["error"]
+    assert (error["code"], error["errno"]) == ("file_error", errno.EISDIR)
+    assert server.bash(lease, "ls -A")["stdout"] == "big\n"
+
+
+@of_both_sizes
+def test_a_lease_that_ends_while_its_file_is_written_ends_that(start_server: StartServer, content: bytes) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    with contextlib.closing(_begin(server, lease, "PUT", len(content))) as writing:
+        writing.send(content[: len(content) // 2])
+        server.bash(lease, "until [ $(ls -A | wc -l) = 1 ]; do sleep 0.01; done")
+        server.client.lease("test", 30, 0, [lease["token"]])
+        (following,) = server.lease()
+        with contextlib.suppress(OSError):  # it may have been refused already
+            writing.send(content[len(content) // 2 :])
+        assert json.loads(writing.getresponse().read())["error"]["code"] == "lease_lost"
+    assert server.bash(following, "ls -A")["stdout"] == ""

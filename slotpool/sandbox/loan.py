@@ -1,0 +1,78 @@
+"""A slot's file that the server moves itself, by a descriptor that the slot's zygote has opened, see :mod:`.lender`.
+
+So it is the slot's own rights that count, and no path is followed here. Nor is what comes trusted: it must be a regular file of
+the file system that the workspace is on, as the kernel tells that. Then nothing that the slot has made is behind it which could
+hold up who reads it, as a FIFO would, or a file system of the slot's own.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+
+from . import lender, linux
+from .cell import Cell
+
+_PATIENCE = 2.0  # seconds for the zygote to answer; it has little to do
+_COMMIT_PATIENCE = 20.0  # seconds for it to put a file in place, as that may wait for a disk
+
+
+class Loan:
+    """A descriptor, and what becomes of it. Used by one thread, which closes it."""
+
+    def __init__(self, sock: socket.socket, fd: int) -> None:
+        self._sock = sock
+        self.fd = fd
+
+    def commit(self) -> int | None:
+        """Have what was created take its place: 0, or the errno; None if the zygote did not tell."""
+        try:
+            self._sock.settimeout(_COMMIT_PATIENCE)
+            self._sock.send(lender.COMMIT, socket.MSG_NOSIGNAL)
+            told = self._sock.recv(lender.ANSWER.size)
+        except OSError:
+            return None
+        return int(lender.ANSWER.unpack(told)[0]) if len(told) == lender.ANSWER.size else None
+
+    def close(self) -> None:
+        os.close(self.fd)
+        self._sock.close()
+
+
+def to_read(cell: Cell, path: str, device: int) -> Loan | None:
+    """The file at ``path``, which is below the workspace; None if it has to be read in the slot, or to be found there why not.
+
+    :param device: the workspace's.
+    """
+    return _borrow(cell, {"op": "open", "path": path}, device)
+
+
+def to_replace(cell: Cell, path: str, size: int, device: int) -> Loan | None:
+    """A new file of ``size`` bytes, to be put in place of ``path``; None if that has to be written in the slot."""
+    if size > lender.MOST_ROOM:
+        return None
+    return _borrow(cell, {"op": "create", "path": path, "size": size}, device)
+
+
+def _borrow(cell: Cell, order: dict[str, object], device: int) -> Loan | None:
+    sock, far = socket.socketpair()
+    try:
+        with far:
+            cell.send({**order, "fds": ["call"]}, [far.fileno()])
+        sock.settimeout(_PATIENCE)
+        told, fds = linux.receive(sock, lender.ANSWER.size, 1)
+    except OSError:  # whatever is wrong with the sandbox, who moves the file in it will see that
+        told, fds = b"", []
+    lent = fds.pop(0) if told == lender.ANSWER.pack(0) and fds and _is_plain(fds[0], device) else None
+    for fd in fds:  # of one that sends more than was asked for, say
+        os.close(fd)
+    if lent is None:
+        sock.close()
+        return None
+    return Loan(sock, lent)
+
+
+def _is_plain(fd: int, device: int) -> bool:
+    info = os.fstat(fd)
+    return stat.S_ISREG(info.st_mode) and info.st_dev == device
