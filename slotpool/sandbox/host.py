@@ -296,7 +296,7 @@ class Host:
             for run in runs:
                 run.warm_up()
             if ended:
-                self.warmer.later(driver.close)
+                self.warmer.take(driver.close)
 
         return answers, afterwards
 
