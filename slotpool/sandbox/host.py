@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _MOST_SPARES = 2
+_MOST_PAUSE = 600.0  # seconds until a quarantined slot is tried again; the first pause is HostConfig.quarantine
 _CLEANERS = 8  # threads that make slots ready
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ETOOMANYREFS)
 
 
 def _drive(driver: Driver) -> None:
@@ -63,6 +64,8 @@ class Host:
         # Made in advance, so that a slot which is given back need not wait for one; None comes of it if that fails.
         self._spares: deque[Future[Tenancy | None]] = deque()
         self._stock = 1  # of them
+        self._retries: dict[str, float] = {}  # when to try again to clean a quarantined slot, on the monotonic clock
+        self._pauses: dict[str, float] = {}  # seconds until that, if it fails once more
         self._cleaning = 0  # requests that clean a slot
         self._waiting = 0  # leases that requests wait for
         self._closing = False
@@ -78,9 +81,11 @@ class Host:
         began = time.monotonic()
         try:
             with self._lock:
-                old = self._tenancies.pop(slot, None)
+                old = self._tenancies.get(slot)
             if old is not None:
                 self._maker.end(old)
+                with self._lock:
+                    del self._tenancies[slot]
             tenancy = (self._take_spare() if old is not None else None) or self._make_with_patience()
             if tenancy is None:
                 return
@@ -89,11 +94,15 @@ class Host:
             self.tally.cleaned(time.monotonic() - began, failed=True)
             with self._lock:
                 self._table.quarantine(slot, str(e))
+                pause = self._pauses.get(slot, self.config.quarantine)
+                self._retries[slot] = time.monotonic() + pause
+                self._pauses[slot] = min(2 * pause, _MOST_PAUSE)
                 self._changed.notify_all()
             return
         self.tally.cleaned(time.monotonic() - began, failed=False)
         with self._lock:
             self._tenancies[slot] = tenancy
+            self._pauses.pop(slot, None)
             self._table.ready(slot)
             self._changed.notify_all()
 
@@ -229,14 +238,19 @@ class Host:
                 now = time.monotonic()
                 overdue = self._table.overdue(now)
                 expired = self._table.expire(now)
-                if not expired:
-                    following = self._table.next_expiry()
+                again = [slot for slot, due in self._retries.items() if due <= now]
+                for slot in again:
+                    del self._retries[slot]
+                    self._table.prepare_again(slot)
+                if not expired and not again:
+                    times = [self._table.next_expiry(), *self._retries.values()]
+                    following = min((one for one in times if one is not None), default=None)
                     self._changed.wait(None if following is None else max(0.0, following - now))
             for lease in overdue:
                 ids = {"slot": lease.slot, "lease": logs.lease_id(lease.token)}
                 log.warning("%s, lease %s: expired, as %s was not heard of", *ids.values(), lease.owner, extra=ids)
             self.tally.leases(expired=len(expired))
-            self._clean(expired)
+            self._clean([*expired, *again])
 
     def _tenancy(self, slot: str, token: str) -> Tenancy:
         """The use of ``slot`` by that lease, renewed.

@@ -118,10 +118,16 @@ class LeaseTable:
         row.state = State.FREE
 
     def quarantine(self, slot: str, why: str) -> None:
-        """``slot`` could not be made clean; it is never leased again."""
+        """``slot`` could not be made clean; it is not leased."""
         row = self._rows[slot]
         assert row.state is State.PREPARING, row.state
         row.state, row.why = State.QUARANTINED, why
+
+    def prepare_again(self, slot: str) -> None:
+        """Another attempt is made to make ``slot`` clean, which was quarantined."""
+        row = self._rows[slot]
+        assert row.state is State.QUARANTINED, row.state
+        row.state, row.why = State.PREPARING, ""
 
     def cordon(self, owner: str, until: float, now: float) -> bool:
         """Grant no lease until then, or, if that is past, again as far as ``owner`` is concerned; False if one is held, and

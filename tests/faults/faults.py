@@ -77,16 +77,15 @@ class Faults:
     # Processes
 
     def kill_server(self) -> str:
-        server = self._server()
-        with _held(_pid(server)) as process:
-            server.why = "it was killed"
-            process.send(signal.SIGKILL)
-        return server.name
+        return self._end(_pid, "it was killed")
 
     def kill_nursery(self) -> str:
+        return self._end(_nursery, "its nursery was killed")
+
+    def _end(self, find: Callable[[Server], int], why: str) -> str:
         server = self._server()
-        with _held(_nursery(server)) as process:
-            server.why = "its nursery was killed"
+        with _held(find(server)) as process:
+            server.why = why
             process.send(signal.SIGKILL)
         return server.name
 

@@ -150,6 +150,17 @@ class LeaseModel(RuleBasedStateMachine):
         self.preparing.remove(slot)
         self.bad[slot] = why
 
+    @rule(target=dirty, pick=st.integers(0, 4))
+    def try_again(self, pick: int) -> object:
+        """Another attempt to clean what could not be cleaned."""
+        if not self.bad:
+            return multiple()
+        name = sorted(self.bad)[pick % len(self.bad)]
+        self.table.prepare_again(name)
+        del self.bad[name]
+        self.preparing.add(name)
+        return name
+
     @rule(slot=st.integers(0, 4))
     def clean_what_is_not_dirty(self, slot: int) -> None:
         """It would free a slot under its holder: refused, and nothing has changed."""
@@ -159,6 +170,9 @@ class LeaseModel(RuleBasedStateMachine):
                 self.table.ready(name)
             with pytest.raises(AssertionError):
                 self.table.quarantine(name, "wrongly")
+        if name in self.slots and name not in self.bad:
+            with pytest.raises(AssertionError):
+                self.table.prepare_again(name)
 
     @rule(owner=OWNERS, ttl=st.sampled_from([-1.0, 0.0, 1.0, 4.0]))
     def cordon_it(self, owner: str, ttl: float) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +33,26 @@ def small_disk() -> Iterator[str]:
     yield directory
     subprocess.run(["umount", directory], check=True)
     os.rmdir(directory)
+
+
+def test_a_slot_that_a_full_disk_has_put_into_quarantine_comes_back(small_disk: str, start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1, state_dir=small_disk, quarantine=0.5)
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1000", small_disk], check=True)
+    fillers = Path(small_disk, "fillers")
+    fillers.mkdir()
+    for number in itertools.count():
+        try:
+            fillers.joinpath(str(number)).touch()
+        except OSError:
+            counts = server.client.health()["counts"]
+            if counts["quarantined"]:
+                break
+            if counts["free"]:  # it was made ready in advance, or the disk was not full just then
+                server.client.lease("test", 30, 0, [lease["token"] for lease in server.lease()])
+    assert server.client.slots()[0]["why"]
+    shutil.rmtree(fillers)
+    (lease,) = server.lease()
+    assert server.bash(lease, "echo well")["stdout"] == "well\n"
 
 
 @pytest.mark.parametrize("mode", ["bwrap", "user"])

@@ -105,7 +105,7 @@ def test_a_released_token_is_stale_and_changes_nothing() -> None:
     assert table.describe() == [{"slot": "slot_0", "state": "leased", "owner": "b", "why": ""}]
 
 
-def test_a_quarantined_slot_is_counted_and_never_leased_again() -> None:
+def test_a_quarantined_slot_is_counted_and_not_leased_until_it_is_clean() -> None:
     table = ready_table(2)
     (lease,) = table.take("o", 1, 10, 0)
     table.release([lease.token])
@@ -118,6 +118,11 @@ def test_a_quarantined_slot_is_counted_and_never_leased_again() -> None:
         "owner": "",
         "why": "its processes could not be killed",
     }
+    table.prepare_again("slot_0")
+    assert table.take("o", 2, 10, 0) == []
+    assert table.describe()[0] == {"slot": "slot_0", "state": "preparing", "owner": "", "why": ""}
+    table.ready("slot_0")
+    assert [one.slot for one in table.take("o", 2, 10, 0)] == ["slot_0"]
 
 
 def test_only_a_slot_that_is_being_prepared_can_become_ready() -> None:
@@ -129,6 +134,8 @@ def test_only_a_slot_that_is_being_prepared_can_become_ready() -> None:
         table.ready("slot_0")
     with pytest.raises(AssertionError):
         table.quarantine("slot_0", "x")
+    with pytest.raises(AssertionError):
+        table.prepare_again("slot_0")
 
 
 def test_it_knows_its_slots_and_no_others() -> None:
@@ -232,6 +239,14 @@ class LeasesAgainstModel(RuleBasedStateMachine):
         else:
             self.table.quarantine(slot, f"because of {slot}")
             self.model[slot] = Row("quarantined", why=f"because of {slot}")
+
+    @precondition(lambda self: any(row.state == "quarantined" for row in self.model.values()))
+    @rule(pick=st.integers(0, 3))
+    def tried_again(self, pick: int) -> None:
+        quarantined = [slot for slot, row in self.model.items() if row.state == "quarantined"]
+        slot = quarantined[pick % len(quarantined)]
+        self.table.prepare_again(slot)
+        self.model[slot] = Row("preparing")
 
     @invariant()
     def tells_the_same(self) -> None:
