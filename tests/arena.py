@@ -319,17 +319,22 @@ def _name_of(server: Server) -> str:
 
 
 @contextlib.contextmanager
-def contained_server(image: str, *args: str, volume: str = "") -> Iterator[Server]:
-    """A server in a container of its own, with Docker's own settings."""
+def contained_server(image: str, *args: str, volume: str = "", memory: str = "") -> Iterator[Server]:
+    """A server in a container of its own, with Docker's own settings but for these."""
     name = f"slotpool-test-{secrets.token_hex(4)}"
     token = "SLOTPOOL_TEST_" + "server_token"
     command = ["docker", "run", "--rm", "--name", name, "-e", "SLOTPOOL_TOKEN", "-p", "127.0.0.1::8080"]
-    command += ["-v", volume, image] if volume else [image]
+    command += ["-v", volume] if volume else []
+    command += ["--memory", memory, "--memory-swap", memory] if memory else []
     options = ["--host", "0.0.0.0", *args]
     # It is no process of this session's in the sense of slotpool_processes().
     environment = {key: value for key, value in os.environ.items() if key != "TMPDIR"} | {"SLOTPOOL_TOKEN": token}
     process = subprocess.Popen(
-        [*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        [*command, image, *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     )
     assert process.stdout is not None
     with process.stdout:

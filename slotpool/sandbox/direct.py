@@ -4,69 +4,96 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from typing import Callable
 
 from .loan import Loan
 from .protocol import RequestFailed
 
-PART = 1 << 20  # bytes that are moved at once
+LIMIT = 300.0  # seconds for a file to be read or written, not counting those in which the other side of the connection is slow
+PART = 1 << 20  # bytes of a file that are read before anything is promised
+_STEP = 1 << 18  # bytes that are moved at once
 
 
 class DirectReading:
     """A file that is being read: iterate over its content, and close it in the end. Used by one thread."""
 
-    def __init__(self, loan: Loan, path: str, limit: int, holds: Callable[[], bool]) -> None:
+    def __init__(self, loan: Loan, path: str, limit: int, going_on: Callable[[], bool]) -> None:
         """
         :param limit: bytes that it may have.
-        :param holds: whether the lease goes on.
+        :param going_on: whether the lease is.
         :raises RequestFailed: it can't be read.
         """
         self._loan = loan
-        self._holds = holds
+        self._going_on = going_on
+        self._clock = _Clock()
         try:
             self.size = os.fstat(loan.fd).st_size
             if self.size > limit:
                 raise OSError(errno.EFBIG, f"{self.size} bytes, and the limit is {limit}")
-            self._begun = os.read(loan.fd, min(self.size, PART))
+            self._left = self.size
+            self._begun = [self._read() for _ in range(0, min(self.size, PART), _STEP)]
         except OSError as e:
             raise failed(e, path) from e
-        if len(self._begun) < PART:  # then it is what the file was in this moment
-            self.size = len(self._begun)
+
+    def _read(self) -> bytes:
+        with self._clock:
+            part = os.read(self._loan.fd, min(self._left, _STEP))
+        if not part and self._left:
+            raise OSError(errno.EIO, f"it became {self._left} bytes shorter while it was read")
+        self._left -= len(part)
+        return part
 
     def __iter__(self) -> Iterator[bytes]:
         """:raises ConnectionAbortedError: not all can be sent that was promised, which only the connection's end can tell."""
-        yield self._begun
-        left = self.size - len(self._begun)
-        while left:
-            if not self._holds():
-                raise ConnectionAbortedError("the lease has ended")
-            part = os.read(self._loan.fd, min(left, PART))
-            if not part:
-                raise ConnectionAbortedError(f"it became {left} bytes shorter while it was read")
-            left -= len(part)
-            yield part
+        yield from self._begun
+        try:
+            while self._left:
+                if not self._going_on():
+                    raise OSError(errno.ECANCELED, "the lease has ended")
+                yield self._read()
+        except OSError as e:
+            raise ConnectionAbortedError(str(e)) from e
 
     def close(self) -> None:
         self._loan.close()
 
 
-def write(loan: Loan, path: str, parts: Iterator[bytes]) -> bool:
-    """Write ``parts`` and put the file in place; False if the zygote did not tell how that went.
+def write(loan: Loan, path: str, parts: Iterator[bytes], going_on: Callable[[], bool]) -> bool:
+    """Write ``parts`` and put the file in place; False if the lease has ended, or the zygote did not tell how that went.
 
     :raises RequestFailed: it can't be written.
     """
+    clock = _Clock()
     try:
         for part in parts:
             view = memoryview(part)
             while view:
-                view = view[os.write(loan.fd, view) :]
+                if not going_on():
+                    return False
+                with clock:
+                    view = view[os.write(loan.fd, view[:_STEP]) :]
     except OSError as e:
         raise failed(e, path) from e
     code = loan.commit()
     if code:
         raise failed(OSError(code, os.strerror(code)), path)
     return code is not None
+
+
+class _Clock:
+    """Sums up the time within it. A slot can hold up who reads or writes a file of its own, by doing so itself all the time."""
+
+    _spent = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._spent += time.monotonic() - self._began
+        if self._spent > LIMIT:
+            raise OSError(errno.ETIMEDOUT, "it took too long")
 
 
 def failed(e: OSError, path: str) -> RequestFailed:

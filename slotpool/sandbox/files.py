@@ -25,6 +25,8 @@ def require_regular(fd: int) -> os.stat_result:
 def _require_regular(info: os.stat_result) -> None:
     if stat.S_ISDIR(info.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if stat.S_ISLNK(info.st_mode):  # one that leads nowhere but to itself, as others were followed
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     if not stat.S_ISREG(info.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
 
@@ -107,7 +109,7 @@ class Replacement:
         try:
             if self._partial:
                 os.unlink(self._partial, dir_fd=self._directory)
-        except FileNotFoundError:  # the slot has moved it
+        except OSError:  # the slot has moved it, or keeps it: it is its own
             pass
         finally:
             os.close(self.fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Callable
@@ -102,10 +103,17 @@ class Isolation:
         """Of each process, by the names of ``resource.RLIMIT_*``."""
         if self.mode == "none":
             return dict(self.limits.asked_for)
-        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": _MAX_FILES, **self.limits.asked_for}
+        limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": self._max_files(), **self.limits.asked_for}
         if self.own_users or _processes_counted_by_namespace():
             limits["RLIMIT_NPROC"] = self.limits.max_processes
         return limits
+
+    def _max_files(self) -> int:
+        """Where slots have the server's own user, fewer than it may have: what is on its way between processes is counted by
+        user, and compared with the sender's limit, see unix(7), ETOOMANYREFS.
+        """
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return _MAX_FILES if self.own_users or most == resource.RLIM_INFINITY else min(_MAX_FILES, most // 4)
 
     def order(self, place: Place) -> Order:
         inner = INNER_UID if self.mode == "bwrap" else place.uid

@@ -7,6 +7,7 @@ parents too, it is then known by having no mark that was given out.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -16,7 +17,10 @@ import time
 from collections.abc import Collection, Iterator
 from typing import Callable
 
+from . import linux
+
 KILL_LIMIT = 1.0  # seconds
+_MOST_LIMIT = 5.0  # seconds
 _LEAST_LIMIT = 1 << 24  # bytes; as many calls can be told apart
 _FIRST_MARK = 1 << 62  # bytes; programs that look at this limit take it for none
 
@@ -77,9 +81,51 @@ def kill_tree(root: int) -> bool:
     return killed
 
 
-def kill_descendants() -> bool:
-    """Kill all descendants of this process, a child subreaper; False if that took over ``KILL_LIMIT``."""
-    return _kill_all(lambda: _descendants([os.getpid()], list(_living())))
+def kill_descendants(spared: Collection[int]) -> bool:
+    """Kill all descendants of this process, a child subreaper, but for its children ``spared`` and those of theirs; False
+    if that took over ``_MOST_LIMIT``. This process must wait for no other children meanwhile.
+    """
+    deadline = time.monotonic() + _MOST_LIMIT
+    stopped: set[int] = set()
+    while True:
+        _collect()  # before the first process of a PID namespace can die, those of others' in it must be waited for
+        living = list(_living())
+        roots = {pid for pid, parent in living if parent == os.getpid()}.difference(spared)
+        found = _descendants(list(roots), living) | roots
+        if not found or time.monotonic() > deadline:
+            return not found
+        if found <= stopped:  # nothing can fork, or lose its parent, any more
+            for pid in found:
+                _signal(pid, signal.SIGKILL)
+            _wait_for_death(found, deadline)
+        for pid in found - stopped:
+            _signal(pid, signal.SIGSTOP)
+        stopped |= found
+
+
+def _collect() -> None:
+    """Wait for all children that have ended."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+
+
+def _wait_for_death(pids: Collection[int], deadline: float) -> None:
+    """Wait until one of them is dead, or gone."""
+    with contextlib.ExitStack() as stack:
+        poll = select.poll()
+        for pid in pids:
+            try:
+                fd = os.pidfd_open(pid)
+            except OSError:  # gone already
+                return
+            stack.callback(os.close, fd)
+            poll.register(fd, select.POLLIN)
+        poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
 
 
 def _kill_all(find: Callable[[], set[int]]) -> bool:
@@ -154,8 +200,7 @@ def _living() -> Iterator[tuple[int, int]]:
         if not name.isdigit():
             continue
         try:
-            with open(f"/proc/{name}/stat", "rb") as f:
-                fields = f.read().rpartition(b")")[2].split()  # the command's name before it may hold anything
+            fields = linux.stat_fields(f"/proc/{name}")
         except OSError:
             continue
         if fields[0] not in (b"Z", b"X") or _has_threads(name):

@@ -53,10 +53,12 @@ class Lender:
 
     def _create(self, path: str, size: int, sock: socket.socket) -> None:
         directory, name = os.path.split(path)
-        replacement = files.Replacement(linux.openat2(directory or ".", os.O_PATH | os.O_DIRECTORY, _WITHIN), name)
+        within = linux.openat2(directory or ".", os.O_PATH | os.O_DIRECTORY, _WITHIN)
+        replacement = files.Replacement(within, name)
         try:
             replacement.take_room(size)
-            _answer(sock, 0, replacement.fd)
+            if not _answer(sock, 0, replacement.fd):
+                raise OSError(errno.EPIPE, "it can't be lent")
         except BaseException:
             replacement.close()
             raise
@@ -75,8 +77,10 @@ class Lender:
             sock.close()
 
 
-def _answer(sock: socket.socket, code: int, *fds: int) -> None:
+def _answer(sock: socket.socket, code: int, *fds: int) -> bool:
+    """Whether it is on its way: the server may have given it up, or too many descriptors of this user are on theirs."""
     try:
         socket.send_fds(sock, [ANSWER.pack(code)], fds, socket.MSG_NOSIGNAL)
-    except OSError:  # the server has given it up
-        pass
+    except OSError:
+        return False
+    return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -200,6 +201,18 @@ def read(path: str) -> bytes:
         return b"".join(iter(lambda: os.read(fd, 65536), b""))
     finally:
         os.close(fd)
+
+
+def stat_fields(directory: str) -> list[bytes]:
+    """What ``stat`` in a process's, or a thread's, directory of /proc tells: its state, its parent and so on, see
+    proc_pid_stat(5). Not its name, which comes first and may hold anything.
+
+    :raises OSError: it has ended.
+    """
+    fields = read(f"{directory}/stat").rpartition(b")")[2].split()
+    if not fields:
+        raise ProcessLookupError(errno.ESRCH, f"{directory}: it has just ended")
+    return fields
 
 
 def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]:

@@ -7,6 +7,7 @@ hold up who reads it, as a FIFO would, or a file system of the slot's own.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ from . import lender, linux
 from .cell import Cell
 
 _PATIENCE = 2.0  # seconds for the zygote to answer; it has little to do
+_MOST_ERRNO = 4096
 _COMMIT_PATIENCE = 20.0  # seconds for it to put a file in place, as that may wait for a disk
 
 
@@ -26,53 +28,73 @@ class Loan:
         self.fd = fd
 
     def commit(self) -> int | None:
-        """Have what was created take its place: 0, or the errno; None if the zygote did not tell."""
+        """Have what was created take its place: 0, or the errno; None if the zygote did not tell something sensible."""
         try:
             self._sock.settimeout(_COMMIT_PATIENCE)
             self._sock.send(lender.COMMIT, socket.MSG_NOSIGNAL)
             told = self._sock.recv(lender.ANSWER.size)
         except OSError:
             return None
-        return int(lender.ANSWER.unpack(told)[0]) if len(told) == lender.ANSWER.size else None
+        if len(told) != lender.ANSWER.size:
+            return None
+        (code,) = lender.ANSWER.unpack(told)
+        return int(code) if 0 <= code < _MOST_ERRNO else None
 
     def close(self) -> None:
         os.close(self.fd)
         self._sock.close()
 
 
-def to_read(cell: Cell, path: str, device: int) -> Loan | None:
+def to_read(cell: Cell, path: str, device: int | None) -> Loan | None:
     """The file at ``path``, which is below the workspace; None if it has to be read in the slot, or to be found there why not.
 
-    :param device: the workspace's.
+    :param device: the workspace's; None if that is not known here.
     """
     return _borrow(cell, {"op": "open", "path": path}, device)
 
 
-def to_replace(cell: Cell, path: str, size: int, device: int) -> Loan | None:
+def to_replace(cell: Cell, path: str, size: int, device: int | None) -> Loan | None:
     """A new file of ``size`` bytes, to be put in place of ``path``; None if that has to be written in the slot."""
     if size > lender.MOST_ROOM:
         return None
     return _borrow(cell, {"op": "create", "path": path, "size": size}, device)
 
 
-def _borrow(cell: Cell, order: dict[str, object], device: int) -> Loan | None:
-    sock, far = socket.socketpair()
+def _borrow(cell: Cell, order: dict[str, object], device: int | None) -> Loan | None:
+    if device is None:
+        return None
+    try:
+        sock, far = socket.socketpair()
+    except OSError:  # of what there is too little, who moves the file in the slot will tell
+        return None
+    sock.settimeout(_PATIENCE)
     try:
         with far:
             cell.send({**order, "fds": ["call"]}, [far.fileno()])
-        sock.settimeout(_PATIENCE)
         told, fds = linux.receive(sock, lender.ANSWER.size, 1)
-    except OSError:  # whatever is wrong with the sandbox, who moves the file in it will see that
-        told, fds = b"", []
+    except OSError:  # and whatever is wrong with the sandbox
+        sock.close()
+        return None
     lent = fds.pop(0) if told == lender.ANSWER.pack(0) and fds and _is_plain(fds[0], device) else None
     for fd in fds:  # of one that sends more than was asked for, say
         os.close(fd)
-    if lent is None:
-        sock.close()
-        return None
-    return Loan(sock, lent)
+    if lent is not None:
+        return Loan(sock, lent)
+    _give_up(sock)
+    return None
+
+
+def _give_up(sock: socket.socket) -> None:
+    """What the zygote may have made must be gone before another process makes it: there may be no room for both."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
+    sock.close()
 
 
 def _is_plain(fd: int, device: int) -> bool:
-    info = os.fstat(fd)
+    try:
+        info = os.fstat(fd)
+    except OSError:
+        return False
     return stat.S_ISREG(info.st_mode) and info.st_dev == device

@@ -175,10 +175,12 @@ class Sandbox:
         self.kill()
 
     def died(self, namespaces: Sequence[int] = ()) -> None:
-        try:
-            socket.send_fds(self._lifeline, [DEAD], namespaces)
-        except OSError:  # nobody waits for it
-            pass
+        for fds in (namespaces, ()):  # too many of this user's descriptors may be on their way already
+            try:
+                socket.send_fds(self._lifeline, [DEAD], fds)
+                break
+            except OSError:  # or nobody waits for it
+                pass
         self._gone()
 
     def survived(self) -> None:

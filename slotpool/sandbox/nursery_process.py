@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 class NurseryProcess:
-    """The running nursery. Thread-safe."""
+    """The running nursery. Thread-safe.
+
+    :ivar others: children that this process had before, of the program that it was then, say.
+    """
 
     def __init__(self) -> None:
         """Start it. It does nothing but prepare until :meth:`begin`, which takes as long as the server needs to be imported."""
+        self.others = _children()
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with near, far:
             package_root = str(Path(__file__).resolve().parents[2])
@@ -81,3 +85,14 @@ class NurseryProcess:
         self._control.close()
         self.wait()
         self.undertaker.stop()
+
+
+def _children() -> frozenset[int]:
+    """Those of this process's only thread."""
+    try:
+        with open("/proc/thread-self/children") as f:
+            return frozenset(map(int, f.read().split()))
+    except FileNotFoundError:  # the kernel lacks CONFIG_PROC_CHILDREN
+        from .killing import children
+
+        return frozenset(children(os.getpid()))

@@ -96,9 +96,7 @@ def _user(pid: int, users: Collection[int]) -> int | None:
     try:
         owner = os.stat(f"/proc/{pid}").st_uid
         if owner == 0:  # also of one that has made itself undumpable, see proc(5)
-            told = linux.read(f"/proc/{pid}/status").partition(b"\nUid:")[
-                2
-            ]  # no name of a process has a line's end in it there
+            told = linux.read(f"/proc/{pid}/status").partition(b"\nUid:")[2]  # no name in there has a line's end in it
             owner = int(told.split(None, 1)[0])
     except (OSError, IndexError):  # it has ended
         return None
@@ -121,29 +119,15 @@ def _child_above(pid: int, stats: Mapping[int, Sequence[bytes]]) -> int | None:
 def _stats() -> Iterator[tuple[int, Sequence[bytes]]]:
     """Of all processes that can be seen."""
     for name in filter(str.isdigit, os.listdir("/proc")):
-        fields = _stat(f"/proc/{name}/stat")
-        if fields:
-            yield int(name), fields
+        with contextlib.suppress(OSError):  # it has ended
+            yield int(name), linux.stat_fields(f"/proc/{name}")
 
 
 def _threads(pid: int, stat: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
     if stat[_NUM_THREADS] == b"1":
         yield pid, stat
         return
-    try:
-        names = os.listdir(f"/proc/{pid}/task")
-    except OSError:  # it has ended
-        return
-    for name in names:
-        fields = _stat(f"/proc/{pid}/task/{name}/stat")
-        if fields:
-            yield int(name), fields
-
-
-def _stat(path: str) -> Sequence[bytes]:
-    """Nothing of what has ended."""
-    try:
-        fields = linux.read(path).rpartition(b")")[2].split()  # the command's name before it may hold anything
-    except OSError:
-        return ()
-    return fields if len(fields) > _POLICY else ()
+    with contextlib.suppress(OSError):  # it has ended
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                yield int(name), linux.stat_fields(f"/proc/{pid}/task/{name}")

@@ -35,6 +35,7 @@ class HostConfig:
     max_output: int = 50_000  # bytes kept of each stream
     max_file: int = 256 * 1024 * 1024  # bytes of a file read or written
     file_patience: float = 20.0  # seconds without a byte after which reading or writing one ends: the slot moves them
+    quarantine: float = 10.0  # seconds until a slot is tried again that could not be made ready; then twice as long each time
     max_processes: int = 1024  # for each slot
     max_memory: int | None = None  # bytes for each slot
     max_cpus: float | None = None  # processors for each slot
@@ -47,9 +48,10 @@ class HostConfig:
 class Tenancy:
     """One lease's use of a slot: its sandbox, its workspace, its executions. Made before the lease, ended with it."""
 
-    def __init__(self, place: Place, cell: Cell, setting: Setting) -> None:
+    def __init__(self, place: Place, cell: Cell, setting: Setting, device: int | None) -> None:
+        """:param device: that its workspace is on; None if that is not known."""
         self.place = place
-        self.device = os.stat(place.workspace).st_dev
+        self.device = device
         self.cell = cell
         self.setting = setting  # what tools are used in
         self.executions = Executions()
@@ -151,7 +153,8 @@ class TenancyMaker:
         if self._state is not None:
             self._state.release()
         self._nursery.close()
-        if self._nursery.has_failed and linux.is_child_subreaper() and not killing.kill_descendants():
+        own = self._nursery.has_failed and linux.is_child_subreaper()
+        if own and not killing.kill_descendants(self._nursery.others):
             log.error("what the process that makes sandboxes has left could not be killed")
         if self._groups is not None:
             self._groups.close()
@@ -204,9 +207,10 @@ class TenancyMaker:
             raise
         cell.arm()
         workspace = self.isolation.workspace(place)
-        return Tenancy(
-            place, cell, Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
-        )
+        setting = Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
+        # With max_disk it is a file system that only the slot has.
+        device = os.stat(place.workspace).st_dev if self._config.max_disk is None else None
+        return Tenancy(place, cell, setting, device)
 
     def mend(self, tenancy: Tenancy, broken: Cell) -> None:
         """Give a lease new processes in its old workspace; nothing if another call has done it already."""

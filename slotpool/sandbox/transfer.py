@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LIMIT = 300.0  # seconds for a file to be read or written, not counting those in which the other side of the connection is slow
 _PART = 1 << 20  # bytes that are moved at once
 
 
@@ -133,7 +132,7 @@ class _Transfer:
         self._host, self.slot, self._token = host, slot, token
         self._tenancy = host.tenancy(slot, token)
         self._tool = make_tool(self._tenancy.setting)
-        self.job = host.start(self._tenancy, self._tool, _LIMIT, lambda: None, host.config.file_patience)
+        self.job = host.start(self._tenancy, self._tool, direct.LIMIT, lambda: None, host.config.file_patience)
 
     def check(self) -> None:
         """
@@ -224,7 +223,7 @@ def write(host: Host, slot: str, token: str, path: str, size: int, read: Callabl
         _write_copied(host, slot, token, path, source)
         return
     with contextlib.closing(lent):
-        told = direct.write(lent, whole, source.whole())
+        told = direct.write(lent, whole, source.whole(), functools.partial(host.holds, slot, token))
     if not told:
         host.replace(tenancy, cell, slot, token)
         raise protocol.processes_lost()

@@ -7,11 +7,12 @@ others use this machine too; best of several.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from arena import Standing, standing_with
+from arena import Standing, contained_server, standing_with
 from attacks import Figure, attack
 from conftest import Server
 
@@ -87,6 +88,27 @@ def test_a_bombs_neighbour_goes_on_answering(bombed: Standing, mode: str, comman
 @pytest.mark.parametrize("command", [FORKS, FLOOD, DISK, INODES])
 def test_so_it_does_in_a_container(contained: Standing, mode: str, command: str, figure: Figure) -> None:
     compare(contained(mode), command, figure)
+
+
+FULL = bomb(
+    "memory bomb that fills its container",
+    "for i in {1..20}; do (while :; do python3 -c 'b = []\nwhile 1: b.append(bytearray(1 << 20))' 2>&-; done) & done; wait",
+)
+
+
+@pytest.fixture(scope="module")
+def cramped(sandbox_image: str) -> Iterator[Server]:
+    """In a container that has little memory, and keeps none of it for a slot."""
+    with contained_server(sandbox_image, "--slots=2", "--max-processes=200", memory="400m") as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["docker"])
+@pytest.mark.parametrize("command", [FULL])
+def test_so_it_does_where_memory_runs_out(cramped: Server, mode: str, command: str, figure: Figure) -> None:
+    boot = cramped.client.health()["boot_id"]
+    compare(cramped, command, figure)
+    assert cramped.client.health()["boot_id"] == boot
 
 
 HOGS = [

@@ -51,9 +51,9 @@ def _connect(server: Server) -> http.client.HTTPConnection:
     return connection
 
 
-def _begin(server: Server, lease: Lease, method: str, size: int = 0) -> http.client.HTTPConnection:
+def _begin(server: Server, lease: Lease, method: str, size: int = 0, path: str = "big") -> http.client.HTTPConnection:
     connection = _connect(server)
-    connection.putrequest(method, f"/v1/slots/{lease['slot']}/file?path=big")
+    connection.putrequest(method, f"/v1/slots/{lease['slot']}/file?path={path}")
     connection.putheader("Authorization", f"Bearer {server.token}")
     connection.putheader(LEASE_HEADER, lease["token"])
     if size:
@@ -146,3 +146,38 @@ def test_a_lease_that_ends_while_its_file_is_written_ends_that(start_server: Sta
             writing.send(content[len(content) // 2 :])
         assert json.loads(writing.getresponse().read())["error"]["code"] == "lease_lost"
     assert server.bash(following, "ls -A")["stdout"] == ""
+
+
+def test_room_for_a_file_is_asked_for_once(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1, max_disk=20 << 20)
+    (lease,) = server.lease()
+    for _ in range(10):
+        server.client.write_file(lease["slot"], lease["token"], "big", LARGE[: 12 << 20])
+        server.bash(lease, "rm big")
+
+
+def test_a_partial_file_that_can_not_be_removed_ends_nothing_else(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, "mkdir d; sleep 1000 & echo")
+    server.client.write_file(lease["slot"], lease["token"], "d/big", b"before")
+    with contextlib.closing(_begin(server, lease, "PUT", len(LARGE), "d/big")) as writing:
+        writing.send(LARGE[:1000])
+        server.bash(lease, "until [ $(ls -A d | wc -l) = 2 ]; do sleep 0.01; done; chmod 500 d")
+        writing.send(LARGE[1000:])
+        error = json.loads(writing.getresponse().read())["error"]
+    assert (error["code"], error["errno"]) == ("file_error", errno.EACCES)
+    assert server.bash(lease, "pgrep -c sleep; cat d/big")["stdout"] == "1\nbefore"
+
+
+def test_a_link_that_leads_to_itself_is_an_error_that_says_so(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    server.bash(lease, "ln -s loop loop")
+    for call in (
+        lambda: server.client.read_file(lease["slot"], lease["token"], "loop"),
+        lambda: server.client.write_file(lease["slot"], lease["token"], "loop", b"x"),
+    ):
+        with pytest.raises(FileError) as failed:
+            call()
+        assert failed.value.errno == errno.ELOOP

@@ -16,6 +16,7 @@ from conftest import PACKAGE, SESSION, Server, StartServer, slotpool_processes, 
 
 from slotpool.errors import ContainerLost, ContainerRefused, InvalidRequest, LeaseLost
 from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.killing import children
 
 
 def routes(server: Server, slot: str, token: str) -> dict[str, Callable[[], Any]]:
@@ -161,7 +162,7 @@ def test_a_restarted_server_voids_old_leases(start_server: StartServer) -> None:
     check_refused(again, lease["slot"], lease["token"])
 
 
-@pytest.mark.parametrize("mode", ["bwrap", "user", "none"])
+@pytest.mark.parametrize("mode", ["bwrap", "bwrap-as-user", "user", "none"])
 @pytest.mark.parametrize("victim", ["server", "nursery"])
 def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, victim: str) -> None:
     before = set(slotpool_processes())
@@ -176,7 +177,7 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, 
         nursery = min(int(line.split(":")[0]) for line in children)
         os.kill(nursery, signal.SIGKILL)
     assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
-    assert victim == "nursery" or wait_until(lambda: not os.path.exists(state))
+    assert wait_until(lambda: not os.path.exists(state))
     server.process.wait(10)
 
 
@@ -198,3 +199,18 @@ def test_nothing_of_a_sandbox_that_was_being_made_outlives_a_killed_nursery(
         os.kill(min(int(line.split(":")[0]) for line in nurseries), signal.SIGKILL)
         assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
         server.process.wait(10)
+
+
+def test_what_was_there_before_a_server_outlives_it_and_its_killed_nursery(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    script = f"sleep 1008 & echo $! >{began}; exec {sys.executable} -m slotpool serve --slots 2 --port 0"
+    environment = {**os.environ, "PYTHONPATH": PACKAGE}
+    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, env=environment, start_new_session=True)
+    assert process.stdout is not None
+    with process.stdout:
+        assert process.stdout.readline().startswith(b"http://")
+    helper = int(began.read_text())
+    (nursery,) = {child for child in children(process.pid) if child != helper}
+    os.kill(nursery, signal.SIGKILL)
+    process.wait(30)
+    os.kill(helper, signal.SIGTERM)  # it is there
