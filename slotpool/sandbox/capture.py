@@ -167,10 +167,9 @@ class Driver:
         self._poll.register(fd, events)
 
     def _watch_told(self, job: Job) -> None:
-        """Where a shell is told its script, it tells how that has ended."""
-        script = job.call.script
-        if script is not None and script.fileno() not in self._handles:
-            self._watch(job, "told", script.fileno(), select.POLLIN)
+        """Where a shell tells how its command has ended."""
+        if job.call.told >= 0:
+            self._watch(job, "told", job.call.told, select.POLLIN)
 
     def _unwatch(self, fd: int) -> None:
         if self._handles.pop(fd, None) is not None:
@@ -219,7 +218,6 @@ class Driver:
             job.moved = began = time.monotonic()
             if job.call.feed(fd):
                 self._unwatch(fd)
-                self._watch_told(job)
             job.forgive(time.monotonic() - began)  # the content may have come slowly
         else:
             try:
@@ -251,8 +249,7 @@ class Driver:
         if self._open:
             for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
                 self._unwatch(fd)
-            if call.script is not None:
-                self._unwatch(call.script.fileno())
+            self._unwatch(call.told)
         else:
             self._handles.clear()  # nothing is waited for any more
         status = job.outcome.status

@@ -78,6 +78,7 @@ class Cell:
         except socket.timeout:
             raise SandboxStartFailed(f"the sandbox did not stand within {START_LIMIT:.0f} s") from None
         self._control.settimeout(None)
+        linux.refuse_descriptors(self._control)
         if told != zygote.READY:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")
@@ -230,41 +231,36 @@ class Call:
         self._ended = False
         self._cancelled = False
         self._killed = False
-        self._told = False  # its process has told how its work has ended, and may not be dead yet
+        self._has_told = False  # its process has told how its work has ended, and may not be dead yet
         self._closed = False
         self.cell = cell
+        self.stdout = self.stderr = -1
         self.feeds: list[Feed] = []
-        self.script: socket.socket | None = None  # to a shell, which tells there how its command has ended
-        self._script_far: socket.socket | None = None  # kept, to see whether the shell has read it
+        self._shell = "script" in feeds
+        self.told = -1  # of a shell: where it tells how its command has ended
         with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
             self.sock, far_sock = socket.socketpair()
+            linux.refuse_descriptors(self.sock)
             self._end_poll = select.poll()
             self._end_poll.register(self.sock, select.POLLIN)
             near.callback(self.sock.close)
             far.callback(far_sock.close)
             given = {"call": far_sock.fileno()}
-            for name in ("stdout", "stderr", *feeds):
-                if name == "script":
-                    self.script, self._script_far = socket.socketpair()
-                    for end in (self.script, self._script_far):
-                        near.callback(end.close)
-                    self.script.setblocking(False)
-                    self.feeds.append(Feed(name, self.script.fileno()))
-                    given[name] = self._script_far.fileno()
-                    continue
+            # Pipes, and no sockets: on those come descriptors too, and to close one can take as long as its sender wants.
+            outputs = ("stdout", "stderr", "told") if self._shell else ("stdout", "stderr")
+            for name in (*outputs, *feeds):
                 ours, theirs = os.pipe()
                 if name in feeds:
                     ours, theirs = theirs, ours
                     self.feeds.append(Feed(name, ours))
+                else:
+                    setattr(self, name, ours)
                 os.set_blocking(ours, False)  # what poll(2) has seen there, the slot may have taken away since
                 near.callback(os.close, ours)
                 far.callback(os.close, theirs)
-                if name == "stdout":
-                    self.stdout = ours
-                elif name == "stderr":
-                    self.stderr = ours
                 given[name] = theirs
-                if cell.order["uid"] != os.geteuid():  # else /dev/stdout could not be opened by the slot's user
+                # Else /dev/stdout could not be opened by the slot's user. Of the others he need not open any.
+                if cell.order["uid"] != os.geteuid() and name not in ("script", "told"):
                     os.fchown(theirs, cell.order["uid"], cell.order["gid"])
             cell.send({**order, "fds": list(given)}, list(given.values()))
             near.pop_all()  # close() sees to these from now on
@@ -284,9 +280,9 @@ class Call:
                 feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
         except BlockingIOError:
             return False
-        except (BrokenPipeError, ConnectionResetError):
+        except BrokenPipeError:
             pass
-        if feed.name != "script":  # whose reader knows its length
+        if feed.name != "script":  # whose reader knows its length, and which tells how much of it was read
             self.feeds.remove(feed)
             os.close(fd)
         return True
@@ -309,29 +305,29 @@ class Call:
             told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
         except OSError:
             return None
-        self._told = self.script is None
+        self._has_told = not self._shell
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
 
     def read_told(self) -> int | None:
         """The wait status that a shell has told of its command; None if it was something else, or the call is being killed:
         then its end is still to come. If it is one, the call can't be cancelled any more.
         """
-        assert self.script is not None
         try:
-            status = zygote.read_told(self.script.recv(_MOST_TOLD))
+            status = zygote.read_told(os.read(self.told, _MOST_TOLD))
         except OSError:
             return None
         with self._lock:
             if status is None or self._killed:
                 return None
-            self._told = self._ended = True
+            self._has_told = self._ended = True
             return status
 
     def script_unread(self) -> bool:
         """Whether a shell has not read its script to the end. It runs nothing of it before."""
-        if self._script_far is None:
+        script = next((feed.fd for feed in self.feeds if feed.name == "script"), None)
+        if script is None:
             return False
-        (left,) = struct.unpack("i", fcntl.ioctl(self._script_far, termios.FIONREAD, b"\0" * 4))
+        (left,) = struct.unpack("i", fcntl.ioctl(script, termios.FIONREAD, b"\0" * 4))
         return bool(left > 0)
 
     def kill(self) -> None:
@@ -365,15 +361,9 @@ class Call:
         if self._closed:
             return
         self._closed = True
-        if self._told and not self.has_ended():
+        if self._has_told and not self.has_ended():
             with contextlib.suppress(OSError):  # it just has
                 self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self.sock.close()
-        os.close(self.stdout)
-        os.close(self.stderr)
-        for end in (self.script, self._script_far):
-            if end is not None:
-                end.close()
-        for feed in self.feeds:
-            if feed.name != "script":
-                os.close(feed.fd)
+        for fd in (self.stdout, self.stderr, *([self.told] if self._shell else []), *(feed.fd for feed in self.feeds)):
+            os.close(fd)

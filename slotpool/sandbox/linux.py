@@ -7,11 +7,14 @@ imported inside slots. The constants are those of the kernel's ``include/uapi`` 
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import socket
+import stat
+import struct
 from typing import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,6 +43,8 @@ _KEYCTL_JOIN_SESSION_KEYRING = 1
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 
+MOST_DESCRIPTORS = 253  # in one message, see unix(7)
+_SO_PASSRIGHTS = 83
 _SYS_openat2 = 437
 _AT_FDCWD = -100
 SYS_landlock_create_ruleset = 444
@@ -200,6 +205,40 @@ def read(path: str) -> bytes:
     try:
         return b"".join(iter(lambda: os.read(fd, 65536), b""))
     finally:
+        os.close(fd)
+
+
+def refuse_descriptors(sock: socket.socket) -> None:
+    """Let nobody send descriptors to this Unix socket. To close one that came takes as long as its sender wants, if it is of a
+    socket that lingers. Nothing on kernels before 6.16.
+    """
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close a Unix socket to a slot, and wait for nothing that may be on its way there."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)  # so that nothing more comes
+    sock.setblocking(False)
+    while True:
+        try:
+            message, fds = receive(sock, 1 << 16, MOST_DESCRIPTORS)
+        except OSError:
+            break
+        for fd in fds:
+            close_received(fd)
+        if not message:
+            break
+    sock.close()
+
+
+def close_received(fd: int) -> None:
+    """Close a descriptor that a slot has sent; at once, even if it is of a socket that is to linger."""
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=fd) as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+    else:
         os.close(fd)
 
 

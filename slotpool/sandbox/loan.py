@@ -42,7 +42,7 @@ class Loan:
 
     def close(self) -> None:
         os.close(self.fd)
-        self._sock.close()
+        linux.hang_up(self._sock)
 
 
 def to_read(cell: Cell, path: str, device: int | None) -> Loan | None:
@@ -71,13 +71,14 @@ def _borrow(cell: Cell, order: dict[str, object], device: int | None) -> Loan | 
     try:
         with far:
             cell.send({**order, "fds": ["call"]}, [far.fileno()])
-        told, fds = linux.receive(sock, lender.ANSWER.size, 1)
+        told, fds = linux.receive(sock, lender.ANSWER.size, linux.MOST_DESCRIPTORS)
     except OSError:  # and whatever is wrong with the sandbox
-        sock.close()
+        linux.hang_up(sock)
         return None
+    linux.refuse_descriptors(sock)
     lent = fds.pop(0) if told == lender.ANSWER.pack(0) and fds and _is_plain(fds[0], device) else None
     for fd in fds:  # of one that sends more than was asked for, say
-        os.close(fd)
+        linux.close_received(fd)
     if lent is not None:
         return Loan(sock, lent)
     _give_up(sock)
@@ -89,7 +90,7 @@ def _give_up(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
         sock.recv(1)
-    sock.close()
+    linux.hang_up(sock)
 
 
 def _is_plain(fd: int, device: int) -> bool:

@@ -8,7 +8,7 @@ the order that ``fds`` names them. What it starts is named by ``op``:
 
 ``shell``
     a bash that has started up and waits for its script, see :data:`BOOTSTRAP`. Descriptors ``call``, ``stdout``,
-    ``stderr``, ``script`` (a socket) and perhaps ``stdin``.
+    ``stderr``, ``told``, ``script`` and perhaps ``stdin``.
 ``read``
     copy the regular file ``path``, of at most ``limit`` bytes, to ``stdout``; if ``sized``, after its size, see
     :data:`files.SIZE`.
@@ -44,33 +44,33 @@ from . import confine, files, killing, linux
 from .lender import Lender
 from .poller import Poller
 
-# Runs in a shell that is started before its command is known. From descriptor TALK, a socket, it reads a length and a script of
+# Runs in a shell that is started before its command is known. From the pipe HEAR it reads a length and a script of
 # as many characters, see framed(); that sets the positional parameter 1 to the command (and does all else that must come
 # first), which is then evaluated as `bash -c` would. The `shift` puts the positional parameters back; it stands on the
 # command's first line, so that line numbers in error messages are the caller's. With a length the shell need not wait for the
 # end of what is sent, which would cost it and the server a second wake-up.
 #
-# When the command has ended the shell tells its exit code there, see read_told(), unless a trap on EXIT is still to run: its
-# death takes as long again as a short command, most of it in taking down its memory, and who called need not wait for that.
-# Where it does not come to that line (exit, exec, set -e, a signal), its death tells. What the line itself would show of a
-# caller's set -x or traps goes into the socket, where it is not understood, and its death tells.
+# When the command has ended the shell tells its exit code on the pipe TELL, see read_told(), unless a trap on EXIT is still to
+# run: its death takes as long again as a short command, most of it in taking down its memory, and who called need not wait for
+# that. Where it does not come to that line (exit, exec, set -e, a signal), its death tells. What the line itself would show of
+# a caller's set -x or traps goes into that pipe, where it is not understood, and its death tells.
 #
-# While the command runs the descriptor is closed, but for a copy that none of its programs inherits. Bash has that where it
+# While the command runs both are closed, but for copies that none of its programs inherits. Bash has those where it
 # keeps such copies, from 10 on (bash(1), REDIRECTION: "greater than 9"). A command that looks as if it used those itself is
 # run by ALONE, the last thing in its script, instead; its death tells.
 #
 # The first `trap` of a shell asks the kernel for each signal's handler: it does that while it waits.
-TALK = 59  # below 64, from where on a process needs a larger table, and above what scripts use
+HEAR, TELL = 59, 58  # below 64, from where on a process needs a larger table, and above what scripts use
 BOOTSTRAP = ";".join(
     [
         "trap -p EXIT",
-        f'read -rN9 -u{TALK}&&read -rN$REPLY -u{TALK}&&eval "$REPLY"',
-        f'eval "shift;$1" {TALK}<&-',
+        f'read -rN9 -u{HEAR}&&read -rN$REPLY -u{HEAR}&&eval "$REPLY"',
+        f'eval "shift;$1" {HEAR}<&- {TELL}>&-',
         """{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;REPLY() { return "$1";};REPLY "$1";}"""
-        f" >&{TALK} 2>&{TALK}",
+        f" >&{TELL} 2>&{TELL}",
     ]
 )
-ALONE = b'exec %d<&-;eval "shift;$1";exit' % TALK
+ALONE = b'exec %d<&- %d>&-;eval "shift;$1";exit' % (HEAR, TELL)
 SHELL = "/bin/bash"
 
 STATUS = struct.Struct("!i")
@@ -205,7 +205,7 @@ class Zygote:
 
     def _start_shell(self, order: dict[str, Any], fds: dict[str, int]) -> int:
         """Not by a fork, which costs half a millisecond: this process is copied, and what both use after that is."""
-        given = {0: fds.get("stdin", self._null), 1: fds["stdout"], 2: fds["stderr"], TALK: fds["script"]}
+        given = {0: fds.get("stdin", self._null), 1: fds["stdout"], 2: fds["stderr"], HEAR: fds["script"], TELL: fds["told"]}
         return os.posix_spawn(
             SHELL,
             ["bash", "-c", BOOTSTRAP],

@@ -406,7 +406,7 @@ def _messages(*usual: bytes) -> st.SearchStrategy[bytes]:
 _STATUSES = [zygote.STATUS.pack(status) for status in (0, 9, 256, -1, -(2**31), 2**31 - 1, 0x7F, 0xFFFF)]
 _ON_A_CALL = st.lists(
     st.tuples(
-        st.sampled_from(["call", "call", "urgent", "stdout", "stderr", "close", "fds", "drain"]),
+        st.sampled_from(["call", "call", "urgent", "stdout", "stderr", "told", "close", "fds", "drain"]),
         _messages(*_STATUSES),
         st.integers(0, 4),
     ),

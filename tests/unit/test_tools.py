@@ -7,7 +7,6 @@ import errno
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -227,28 +226,30 @@ class Ended:
 
 
 def spawn(argv: list[str], cwd: str, script: bytes | None = None) -> Ended:
-    """Run bash as a zygote does, with a socket from which it reads ``script``, and where it tells how that has ended."""
+    """Run bash as a zygote does, with pipes from which it reads ``script``, and where it tells how that has ended."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as null:
-        ours, theirs = socket.socketpair()
+        (hears, says), (learns, tells) = os.pipe(), os.pipe()
         actions = [(os.POSIX_SPAWN_DUP2, f.fileno(), to) for to, f in enumerate((null, out, err))]
         if script is not None:
-            actions.append((os.POSIX_SPAWN_DUP2, theirs.fileno(), zygote.TALK))
+            actions += [(os.POSIX_SPAWN_DUP2, hears, zygote.HEAR), (os.POSIX_SPAWN_DUP2, tells, zygote.TELL)]
         here = os.getcwd()
         os.chdir(cwd)
         try:
             pid = os.posix_spawn(zygote.SHELL, argv, ENV, file_actions=actions)
         finally:
             os.chdir(here)
-        theirs.close()
-        with ours:
-            if script is not None:
-                ours.sendall(zygote.framed(script))
-            _, status = os.waitpid(pid, 0)
-            ours.settimeout(0)  # a background process may have it open yet
-            try:
-                told = ours.recv(4096)
-            except (BlockingIOError, ConnectionResetError):
-                told = b""
+        os.close(tells)
+        if script is not None:
+            with open(says, "wb", buffering=0, closefd=False) as pipe, contextlib.suppress(BrokenPipeError):
+                pipe.write(zygote.framed(script))
+        _, status = os.waitpid(pid, 0)
+        os.set_blocking(learns, False)  # a background process may have it open yet
+        try:
+            told = os.read(learns, 4096)
+        except BlockingIOError:
+            told = b""
+        for fd in (hears, says, learns):
+            os.close(fd)
         out.seek(0)
         err.seek(0)
         return Ended(status, out.read(), err.read(), told)
