@@ -12,8 +12,8 @@ from .loan import Loan
 from .protocol import RequestFailed
 
 LIMIT = 300.0  # seconds for a file to be read or written, not counting those in which the other side of the connection is slow
-PART = 1 << 20  # bytes of a file that are read before anything is promised
-_STEP = 1 << 18  # bytes that are moved at once
+# Bytes that are read at once. More would cost more: malloc gives back to the kernel what is free in one large piece.
+_PART = 1 << 18
 
 
 class DirectReading:
@@ -33,13 +33,13 @@ class DirectReading:
             if self.size > limit:
                 raise OSError(errno.EFBIG, f"{self.size} bytes, and the limit is {limit}")
             self._left = self.size
-            self._begun = [self._read() for _ in range(0, min(self.size, PART), _STEP)]
+            self._begun = self._read()  # before anything is promised
         except OSError as e:
             raise failed(e, path) from e
 
     def _read(self) -> bytes:
         with self._clock:
-            part = os.read(self._loan.fd, min(self._left, _STEP))
+            part = os.read(self._loan.fd, min(self._left, _PART))
         if not part and self._left:
             raise OSError(errno.EIO, f"it became {self._left} bytes shorter while it was read")
         self._left -= len(part)
@@ -47,7 +47,7 @@ class DirectReading:
 
     def __iter__(self) -> Iterator[bytes]:
         """:raises ConnectionAbortedError: not all can be sent that was promised, which only the connection's end can tell."""
-        yield from self._begun
+        yield self._begun
         try:
             while self._left:
                 if not self._going_on():
@@ -73,7 +73,7 @@ def write(loan: Loan, path: str, parts: Iterator[bytes], going_on: Callable[[], 
                 if not going_on():
                     return False
                 with clock:
-                    view = view[os.write(loan.fd, view[:_STEP]) :]
+                    view = view[os.write(loan.fd, view) :]
     except OSError as e:
         raise failed(e, path) from e
     code = loan.commit()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PART = 1 << 20  # bytes that are moved at once
+_PART = 1 << 20  # bytes of a content that are taken at once
 
 
 class Content(Output):

@@ -7,6 +7,7 @@ them (RFC 9112 with a Content-Length): a general client's headers and packets wo
 from __future__ import annotations
 
 import collections
+import io
 import json
 import select
 import socket
@@ -280,13 +281,15 @@ def _receive(sock: socket.socket) -> bytes:
 
 
 def _receive_rest(sock: socket.socket, begun: bytes, length: int) -> bytes:
-    whole = bytearray(length)
-    view = memoryview(whole)
-    at = len(begun)
-    view[:at] = begun
-    while at < length:
-        count = sock.recv_into(view[at : at + _READ_SIZE])
-        if count == 0:
-            raise _Short(f"the connection was closed {length - at} bytes before the answer's end")
-        at += count
-    return bytes(whole)
+    # It shares its bytes with whom it has them from and gives them to. Memory for a copy would cost more than all else here, as
+    # malloc gives it back to the kernel each time.
+    whole = io.BytesIO(bytes(length))
+    with whole.getbuffer() as view:
+        at = len(begun)
+        view[:at] = begun
+        while at < length:
+            count = sock.recv_into(view[at : at + _READ_SIZE])
+            if count == 0:
+                raise _Short(f"the connection was closed {length - at} bytes before the answer's end")
+            at += count
+    return whole.getvalue()
