@@ -21,6 +21,7 @@ from . import linux
 
 KILL_LIMIT = 1.0  # seconds
 _MOST_LIMIT = 5.0  # seconds
+_PAUSE = 0.05  # seconds
 _LEAST_LIMIT = 1 << 24  # bytes; as many calls can be told apart
 _FIRST_MARK = 1 << 62  # bytes; programs that look at this limit take it for none
 
@@ -115,7 +116,7 @@ def _collect() -> None:
 
 
 def _wait_for_death(pids: Collection[int], deadline: float) -> None:
-    """Wait until one of them is dead, or gone."""
+    """Wait until one of them is dead or gone, but only for a moment: one may itself wait for others to be waited for."""
     with contextlib.ExitStack() as stack:
         poll = select.poll()
         for pid in pids:
@@ -125,7 +126,7 @@ def _wait_for_death(pids: Collection[int], deadline: float) -> None:
                 return
             stack.callback(os.close, fd)
             poll.register(fd, select.POLLIN)
-        poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        poll.poll(max(0.0, min(_PAUSE, deadline - time.monotonic())) * 1000)
 
 
 def _kill_all(find: Callable[[], set[int]]) -> bool:
