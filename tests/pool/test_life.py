@@ -308,9 +308,11 @@ def test_a_pool_that_is_dropped_without_being_stopped_ends_its_servers() -> None
     assert servers()
     pools = [pool]
     del pool
-    with pytest.warns(ResourceWarning, match="stop"):
+    with pytest.warns(ResourceWarning, match="stop") as warned:
         pools.clear()
-        assert wait_until(lambda: not servers(), 20)  # a thread of the pool's may be the last to let go of it
+        assert wait_until(lambda: len(warned))  # a thread of the pool's may be the last to let go of it
+    del warned  # which holds it
+    assert wait_until(lambda: not servers(), 20)
 
 
 def test_a_full_server_keeps_nobody_from_a_free_one(start_server: StartServer) -> None:
