@@ -136,7 +136,8 @@ class Server:
         self.process.wait(30)
 
 
-def _can_run(identity: dict[str, Any]) -> bool:
+def can_run(identity: dict[str, Any]) -> bool:
+    """Whether this Python, and slotpool with it, can be run by that user; not if they are in somebody's own directory."""
     check = [sys.executable, "-c", "import slotpool.sandbox.serve"]
     try:
         done = subprocess.run(check, cwd="/", env={"PYTHONPATH": PACKAGE}, capture_output=True, check=False, **identity)
@@ -170,7 +171,7 @@ def started_servers() -> Iterator[StartServer]:
             directories.append(state_dir)
             os.chown(state_dir, user.pw_uid, user.pw_gid)
             more = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-            if not _can_run(more):
+            if not can_run(more):
                 pytest.skip(f"user {ORDINARY_USER} can't run {sys.executable} with {PACKAGE}")
         options = {
             "slots": slots,

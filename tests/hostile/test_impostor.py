@@ -330,7 +330,8 @@ def test_a_call_of_an_impostors_that_sends_what_is_slow_to_close_ends(arena: Are
             socket.send_fds(theirs, [b"x"], [0])
             pytest.skip("on kernels before 6.16 nobody can refuse descriptors")
     before, _ = arena.held()
-    arena.server.bash(arena.a, f": HOSTILE-{act}")
+    with contextlib.suppress(SlotPoolError):
+        arena.server.bash(arena.a, f": HOSTILE-{act}")
     for _ in range(50):  # else what each of them leaves to be closed would wait behind that
         assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
     assert wait_until(lambda: arena.held()[0] < before + 60), arena.held()
