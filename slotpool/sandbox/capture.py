@@ -159,17 +159,13 @@ class Driver:
             began = time.monotonic()
             for fd in call.feed_all():
                 self._watch(job, "feed", fd, select.POLLOUT)
-            self._watch_told(job)
+            if call.told >= 0:
+                self._watch(job, "told", call.told, select.POLLIN)
             job.forgive(time.monotonic() - began)
 
     def _watch(self, job: Job, what: str, fd: int, events: int) -> None:
         self._handles[fd] = job, what
         self._poll.register(fd, events)
-
-    def _watch_told(self, job: Job) -> None:
-        """Where a shell tells how its command has ended."""
-        if job.call.told >= 0:
-            self._watch(job, "told", job.call.told, select.POLLIN)
 
     def _unwatch(self, fd: int) -> None:
         if self._handles.pop(fd, None) is not None:

@@ -234,9 +234,8 @@ class Call:
         self._has_told = False  # its process has told how its work has ended, and may not be dead yet
         self._closed = False
         self.cell = cell
-        self.stdout = self.stderr = -1
         self.feeds: list[Feed] = []
-        self._shell = "script" in feeds
+        self.stdout = self.stderr = -1
         self.told = -1  # of a shell: where it tells how its command has ended
         with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
             self.sock, far_sock = socket.socketpair()
@@ -247,7 +246,7 @@ class Call:
             far.callback(far_sock.close)
             given = {"call": far_sock.fileno()}
             # Pipes, and no sockets: on those come descriptors too, and to close one can take as long as its sender wants.
-            outputs = ("stdout", "stderr", "told") if self._shell else ("stdout", "stderr")
+            outputs = ("stdout", "stderr", "told") if "script" in feeds else ("stdout", "stderr")
             for name in (*outputs, *feeds):
                 ours, theirs = os.pipe()
                 if name in feeds:
@@ -305,7 +304,7 @@ class Call:
             told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
         except OSError:
             return None
-        self._has_told = not self._shell
+        self._has_told = self.told < 0
         return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
 
     def read_told(self) -> int | None:
@@ -365,5 +364,6 @@ class Call:
             with contextlib.suppress(OSError):  # it just has
                 self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self.sock.close()
-        for fd in (self.stdout, self.stderr, *([self.told] if self._shell else []), *(feed.fd for feed in self.feeds)):
-            os.close(fd)
+        for fd in (self.stdout, self.stderr, self.told, *(feed.fd for feed in self.feeds)):
+            if fd >= 0:
+                os.close(fd)

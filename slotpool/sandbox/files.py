@@ -16,13 +16,7 @@ _CHUNK = 1 << 18
 SIZE = struct.Struct("!Q")
 
 
-def require_regular(fd: int) -> os.stat_result:
-    info = os.fstat(fd)
-    _require_regular(info)
-    return info
-
-
-def _require_regular(info: os.stat_result) -> None:
+def require_regular(info: os.stat_result) -> None:
     if stat.S_ISDIR(info.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if stat.S_ISLNK(info.st_mode):  # one that leads nowhere but to itself, as others were followed
@@ -34,7 +28,9 @@ def _require_regular(info: os.stat_result) -> None:
 def read_file(path: str, limit: int, sized: bool) -> None:
     """To standard output; if it is to be ``sized``, after its size."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    size = require_regular(fd).st_size
+    info = os.fstat(fd)
+    require_regular(info)
+    size = info.st_size
     begun = b"" if size else _read_all(fd, limit + 1)  # in /proc they have no size, and a content all the same
     size = size or len(begun)
     if size > limit:
@@ -89,7 +85,7 @@ class Replacement:
             info = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
             return 0o666 & ~_umask()
-        _require_regular(info)
+        require_regular(info)
         return stat.S_IMODE(info.st_mode)
 
     def take_room(self, size: int) -> None:

@@ -7,7 +7,6 @@ parents too, it is then known by having no mark that was given out.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import resource
@@ -21,7 +20,7 @@ from . import linux
 
 KILL_LIMIT = 1.0  # seconds
 _MOST_LIMIT = 5.0  # seconds
-_PAUSE = 0.05  # seconds
+_PAUSE = 0.05  # seconds between two looks at what has to be waited for
 _LEAST_LIMIT = 1 << 24  # bytes; as many calls can be told apart
 _FIRST_MARK = 1 << 62  # bytes; programs that look at this limit take it for none
 
@@ -86,52 +85,38 @@ def kill_descendants(spared: Collection[int]) -> bool:
     """Kill all descendants of this process, a child subreaper, but for its children ``spared`` and those of theirs; False
     if that took over ``_MOST_LIMIT``. This process must wait for no other children meanwhile.
     """
-    deadline = time.monotonic() + _MOST_LIMIT
-    stopped: set[int] = set()
-    while True:
-        _collect()  # before the first process of a PID namespace can die, those of others' in it must be waited for
+
+    def find() -> set[int]:
         living = list(_living())
         roots = {pid for pid, parent in living if parent == os.getpid()}.difference(spared)
-        found = _descendants(list(roots), living) | roots
-        if not found or time.monotonic() > deadline:
-            return not found
-        if found <= stopped:  # nothing can fork, or lose its parent, any more
-            for pid in found:
-                _signal(pid, signal.SIGKILL)
-            _wait_for_death(found, deadline)
-        for pid in found - stopped:
-            _signal(pid, signal.SIGSTOP)
-        stopped |= found
+        return _descendants(list(roots), living) | roots
+
+    def collect() -> None:
+        for _ in ended_children():
+            pass
+
+    # The first process of a PID namespace can't die before those of others' in it have been waited for.
+    return _kill_all(find, _MOST_LIMIT, collect)
 
 
-def _collect() -> None:
-    """Wait for all children that have ended."""
+def ended_children() -> Iterator[tuple[int, int]]:
+    """Wait for all children that have ended; each with its wait status."""
     while True:
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
+            pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
         if pid == 0:
             return
+        yield pid, status
 
 
-def _wait_for_death(pids: Collection[int], deadline: float) -> None:
-    """Wait until one of them is dead or gone, but only for a moment: one may itself wait for others to be waited for."""
-    with contextlib.ExitStack() as stack:
-        poll = select.poll()
-        for pid in pids:
-            try:
-                fd = os.pidfd_open(pid)
-            except OSError:  # gone already
-                return
-            stack.callback(os.close, fd)
-            poll.register(fd, select.POLLIN)
-        poll.poll(max(0.0, min(_PAUSE, deadline - time.monotonic())) * 1000)
+def _kill_all(find: Callable[[], set[int]], limit: float = KILL_LIMIT, collect: Callable[[], None] = lambda: None) -> bool:
+    """Kill what is found until nothing is; all are stopped first, so that nothing can fork or lose its parent meanwhile.
 
-
-def _kill_all(find: Callable[[], set[int]]) -> bool:
-    """Kill what is found until nothing is; all are stopped first, so that nothing can fork or lose its parent meanwhile."""
-    deadline = time.monotonic() + KILL_LIMIT
+    :param collect: called now and then while they die.
+    """
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         stopped: set[int] = set()
         while time.monotonic() < deadline:
@@ -145,11 +130,11 @@ def _kill_all(find: Callable[[], set[int]]) -> bool:
             return True
         for pid in stopped:
             _signal(pid, signal.SIGKILL)
-        _wait_for_deaths(stopped, deadline)
+        _wait_for_deaths(stopped, deadline, collect)
     return False
 
 
-def _wait_for_deaths(pids: set[int], deadline: float) -> None:
+def _wait_for_deaths(pids: set[int], deadline: float, collect: Callable[[], None]) -> None:
     for pid in pids:
         try:
             fd = os.pidfd_open(pid)
@@ -158,7 +143,8 @@ def _wait_for_deaths(pids: set[int], deadline: float) -> None:
         try:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            while not poll.poll(max(0.0, min(_PAUSE, deadline - time.monotonic())) * 1000) and time.monotonic() < deadline:
+                collect()
         finally:
             os.close(fd)
 

@@ -45,7 +45,7 @@ class Lender:
     def _open(self, path: str, sock: socket.socket) -> None:
         fd = linux.openat2(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, _WITHIN)
         try:
-            files.require_regular(fd)
+            files.require_regular(os.fstat(fd))
             _answer(sock, 0, fd)
         finally:
             os.close(fd)

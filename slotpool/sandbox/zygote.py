@@ -236,13 +236,7 @@ class Zygote:
         :param killed: its end is told when what it had started is collected too, as the next command could still see that.
         """
         killed_status = None
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if pid == 0:
-                break
+        for pid, status in killing.ended_children():
             call = self._calls.get(pid)
             if killed is not None and call is killed:
                 killed_status = status

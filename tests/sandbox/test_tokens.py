@@ -162,6 +162,11 @@ def test_a_restarted_server_voids_old_leases(start_server: StartServer) -> None:
     check_refused(again, lease["slot"], lease["token"])
 
 
+def kill_nursery(server: Server) -> None:
+    (nursery,) = children(server.process.pid)
+    os.kill(nursery, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("mode", ["bwrap", "bwrap-as-user", "user", "none"])
 @pytest.mark.parametrize("victim", ["server", "nursery"])
 def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, victim: str) -> None:
@@ -173,9 +178,7 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, 
     if victim == "server":
         server.process.kill()
     else:
-        children = [p for p in slotpool_processes() if "nursery" in p and p not in before]
-        nursery = min(int(line.split(":")[0]) for line in children)
-        os.kill(nursery, signal.SIGKILL)
+        kill_nursery(server)
     assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
     assert wait_until(lambda: not os.path.exists(state))
     server.process.wait(10)
@@ -195,8 +198,7 @@ def test_nothing_of_a_sandbox_that_was_being_made_outlives_a_killed_nursery(
         before = set(slotpool_processes())
         server = start_server(mode, slots=1)
         assert [line for line in slotpool_processes() if "sleep 1007" in line]
-        nurseries = [line for line in slotpool_processes() if "nursery" in line and line not in before]
-        os.kill(min(int(line.split(":")[0]) for line in nurseries), signal.SIGKILL)
+        kill_nursery(server)
         assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
         server.process.wait(10)
 
