@@ -314,7 +314,7 @@ SILENT = r"""
 held = []
 while True:
     held.append(open_one())
-    if len(held) > 12_000:
+    if len(held) > min(12_000, most * 3 // 4):
         del held[:1000]
 """
 
