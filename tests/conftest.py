@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -155,12 +155,14 @@ ORDINARY_USER = "nobody"
 def started_servers() -> Iterator[StartServer]:
     """What starts servers; ``start(mode, slots=2, **settings)``, see MODES. All are stopped at the end.
 
-    They run the code of ``package``.
+    They run the code of ``package``, in control groups that are joined by ``groups``, see cgroups.Groups.make().
     """
     servers: list[Server] = []
     directories: list[str] = []
 
-    def start(mode: str = "bwrap", slots: int = 2, package: str = PACKAGE, **settings: Any) -> Server:
+    def start(
+        mode: str = "bwrap", slots: int = 2, package: str = PACKAGE, groups: Sequence[str] = (), **settings: Any
+    ) -> Server:
         if why_not(mode):
             pytest.skip(why_not(mode))
         more: dict[str, Any] = {}
@@ -183,7 +185,7 @@ def started_servers() -> Iterator[StartServer]:
             "parent": os.getpid(),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", "slotpool.sandbox"],
+            ["sh", "-c", 'for file; do echo 0 >"$file"; done; exec "$0" -m slotpool.sandbox', sys.executable, *groups],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": package},

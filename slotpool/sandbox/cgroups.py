@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from . import linux
 
 _PREFIX = "slotpool-"
 _PERIOD = 100_000  # microseconds in which a group has its share of CPU time; the kernel's default
@@ -120,6 +123,41 @@ def _make(version: int, parents: Sequence[str], memory: int | None, cpus: float 
         return Groups(version, parents, memory, cpus)
 
 
+class Memory:
+    """The memory of a control group that has a limit.
+
+    :ivar limit: bytes.
+    """
+
+    def __init__(self, directory: str, limit: int, held: bytes) -> None:
+        self.limit = limit
+        self._stat = f"{directory}/memory.stat"
+        self._held = b"\n%b " % held
+
+    def held(self) -> int:
+        """Bytes of it that processes have, and no file."""
+        return int((b"\n" + linux.read(self._stat)).partition(self._held)[2].split(None, 1)[0])
+
+
+def limited_memory() -> Memory | None:
+    """That of the group, of those that this process is in, which may have least; None if it is as much as the machine has."""
+    found: list[tuple[int, str, bytes]] = []
+    for controller, file, held in ((None, "memory.max", b"anon"), ("memory", "memory.limit_in_bytes", b"total_rss")):
+        try:
+            directories = _ways_up(controller)
+        except OSError:
+            continue
+        for directory in directories:
+            try:
+                limit = int(_read(f"{directory}/{file}"))
+            except (OSError, ValueError):  # "max"; and the topmost group has no such file
+                continue
+            found.append((limit, directory, held))
+    limit, directory, held = min(found, default=(sys.maxsize, "", b""))
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Memory(directory, limit, held) if limit < whole else None
+
+
 def join(files: Sequence[str]) -> None:
     """Put this process, and so what it starts from now on, into a sandbox's groups."""
     for path in files:
@@ -190,13 +228,18 @@ def _let_children_have(directory: str) -> None:
 
 
 def _own_directory(controller: str | None) -> str:
-    """Where this process's group is mounted: in the hierarchy of ``controller``, or in that of version 2."""
+    """Where this process's group is to be found: in the hierarchy of ``controller``, or in that of version 2."""
+    return _ways_up(controller)[0]
+
+
+def _ways_up(controller: str | None) -> list[str]:
+    """The same, and the groups that this one is in, as far as they can be seen."""
     path = next((path for names, path in _memberships() if (controller in names if controller else names == [""])), None)
     for kind, root, directory, options in _mounts():
         fits = controller in options if controller else kind == "cgroup2"
         if path is not None and fits:
-            inner = path[len(root.rstrip("/")) :] if path.startswith(root) else ""
-            return f"{directory}{inner}".rstrip("/")
+            inner = path[len(root.rstrip("/")) :].rstrip("/") if path.startswith(root) else ""
+            return [directory + inner[:end] for end in range(len(inner), -1, -1) if inner[end : end + 1] in ("", "/")]
     raise OSError(errno.ENOENT, f"no control groups of {controller or 'version 2'} are mounted")
 
 

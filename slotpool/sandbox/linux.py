@@ -46,6 +46,7 @@ RESOLVE_NO_MAGICLINKS = 0x02
 MOST_DESCRIPTORS = 253  # in one message, see unix(7)
 _SO_PASSRIGHTS = 83
 _SYS_openat2 = 437
+_SYS_process_mrelease = 448
 _AT_FDCWD = -100
 SYS_landlock_create_ruleset = 444
 SYS_landlock_add_rule = 445
@@ -197,6 +198,16 @@ def openat2(path: str, flags: int, resolve: int) -> int:
     how = _OpenHow(flags | os.O_CLOEXEC, 0, resolve)
     size = ctypes.c_size_t(ctypes.sizeof(how))
     return syscall(_SYS_openat2, ctypes.c_int(_AT_FDCWD), os.fsencode(path), ctypes.byref(how), size)
+
+
+def release_memory(process: int) -> None:
+    """Give back the memory of a process that was killed now, in this process's time: its own death may have to wait for a
+    processor. Linux 5.15 on.
+
+    :param process: its pidfd.
+    :raises OSError: it could not be done.
+    """
+    syscall(_SYS_process_mrelease, ctypes.c_int(process), ctypes.c_uint(0))
 
 
 def read(path: str) -> bytes:

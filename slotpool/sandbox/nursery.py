@@ -24,12 +24,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from typing import Callable
+from collections.abc import Collection, Sequence
+from typing import Callable, Protocol
 
 from . import cgroups, confine, killing, linux, restraint, trees, zygote
 from .confine import Order
 from .poller import Poller
+from .relief import Relief
 from .restraint import Restraint
 
 DEAD = b"dead"
@@ -38,10 +39,20 @@ _MOST_LOCKS = 16
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
 
 
+class Watch(Protocol):
+    """What looks at all sandboxes now and then."""
+
+    def look(self, users: Collection[int]) -> float:
+        """Look, and act; the seconds until the next time.
+
+        :param users: the sandboxes', one each, if this is root; else that of this process. None of those in mode ``none``.
+        """
+
+
 class Nursery:
     """An event loop over sockets, pipes and children; the sandboxes hook into :attr:`readable` and :attr:`exited`."""
 
-    def __init__(self, control: socket.socket, restraint: Restraint | None) -> None:
+    def __init__(self, control: socket.socket, watches: Sequence[Watch]) -> None:
         self._control = control
         self._poller = Poller()
         self.watch, self.unwatch = self._poller.watch, self._poller.unwatch
@@ -49,7 +60,7 @@ class Nursery:
         self.bereaved: dict[int, Callable[[], None]] = {}  # by user id; called when processes of that user have been waited for
         self.living: set[Sandbox] = set()
         self._serving = True
-        self._restraint = restraint
+        self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
 
     def run(self) -> bool:
@@ -61,8 +72,8 @@ class Nursery:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.watch(wake.fileno(), lambda: self._reap(wake))
         self.watch(self._control.fileno(), self._take_order)
-        if self._restraint is not None:
-            self.later(self._restrain, 0.0)
+        for watch in self._watches:
+            self.later(functools.partial(self._look, watch), 0.0)
         deadline = None
         while self._serving or self.living:
             if not self._serving and deadline is None:
@@ -84,10 +95,12 @@ class Nursery:
         """Call it in a moment, by default because there is a shortage now."""
         self._later.append((time.monotonic() + pause, call))
 
-    def _restrain(self) -> None:
-        assert self._restraint is not None
-        users = {sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"}
-        self.later(self._restrain, self._restraint.look(users))
+    def _look(self, watch: Watch) -> None:
+        pause = _PAUSE
+        try:
+            pause = watch.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
+        finally:
+            self.later(functools.partial(self._look, watch), pause)
 
     def _pause(self, deadline: float | None) -> float | None:
         times = [at for at, _ in self._later] + ([deadline] if deadline is not None else [])
@@ -405,12 +418,16 @@ def main(argv: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     linux.set_child_subreaper()
     linux.set_dumpable(False)
+    memory = cgroups.limited_memory()
     told, _locks = linux.receive(control, 1 << 16, _MOST_LOCKS)  # which last as long as this process
     if not told:
         return  # the server has not come so far
     directory, *groups = json.loads(told)
+    watches: list[Watch] = [Relief(memory)] if memory is not None else []
+    if not groups and restraint.is_possible():
+        watches.append(Restraint())
     gc.freeze()
-    ended = Nursery(control, Restraint() if not groups and restraint.is_possible() else None).run()
+    ended = Nursery(control, watches).run()
     signal.set_wakeup_fd(-1)
     trees.remove_tree(directory)
     for root in groups:

@@ -7,6 +7,8 @@ when nobody else wants to, for as long as it lives. Its next lease is not concer
 The latter is SCHED_IDLE, see sched(7), which nobody without privilege may take back. With the largest nice value a thread would
 still keep its processor until its time slice is over when somebody else wakes up, and a command's way to its result has a dozen
 wake-ups. Nor does SCHED_IDLE make it yield to whom another control group is for: to the client, if this is in a container.
+
+A thread may take back the other part. A slot whose threads do so again and again is ended.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection
 
-from . import confine, linux
+from . import census, confine, linux
+from .census import Stat
 
 _PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
 _MOST_OF_TIME = 0.1  # that looks may take then
 _BUSY = 4  # threads for each processor, from which on it is too many; `make -j$(nproc)` has a quarter of that
-_STATE, _PARENT, _NUM_THREADS, _POLICY = 0, 1, 17, 38  # fields of /proc/PID/stat from the state on, see proc_pid_stat(5)
+_PARDONS = 2  # times that a thread may take its restraint off, as one does that places itself on a processor when it begins
 
 
 def is_possible() -> bool:
@@ -41,6 +43,8 @@ class Restraint:
         self._most = _BUSY * len(processors)
         self._half = set(processors[len(processors) // 2 :])
         self._root = os.geteuid() == 0
+        self._restrained: dict[int, dict[int, bytes]] = {}  # by sandbox: its threads when it was last, and when they started
+        self._escapes: dict[int, int] = {}  # by sandbox: looks at which one of these was free again
 
     def look(self, users: Collection[int]) -> float:
         """Restrain the sandboxes for which that has become necessary; the seconds until the next look.
@@ -53,26 +57,31 @@ class Restraint:
         return max(_PERIOD, (time.monotonic() - began) / _MOST_OF_TIME)
 
     def _look_at_all(self, users: Collection[int]) -> None:
-        busy: dict[int, list[tuple[int, Sequence[bytes]]]] = defaultdict(list)
-        found: dict[int, list[int]] = defaultdict(list)
-        stats = dict(_stats())
-        for pid, stat in stats.items():
-            sandbox = _user(pid, users) if self._root else _child_above(pid, stats)
-            if sandbox is not None:
-                for thread, fields in _threads(pid, stat):
-                    found[sandbox].append(thread)
-                    if fields[_STATE] == b"R":
-                        busy[sandbox].append((thread, fields))
-        for sandbox, threads in busy.items():
-            if len(threads) > self._most and any(self._is_free(*thread) for thread in threads):
-                # In a container root may not do that to others (it lacks CAP_SYS_NICE).
-                with confine.as_user(sandbox, 0) if self._root else contextlib.nullcontext():
-                    self._restrain(found[sandbox])
+        found = census.take(users)
+        for known in (self._restrained, self._escapes):
+            for gone in known.keys() - found.keys():
+                del known[gone]
+        for sandbox, processes in found.items():
+            threads = {tid: stat for pid, of_pid in processes.items() for tid, stat in census.threads(pid, of_pid)}
+            busy = {tid: stat for tid, stat in threads.items() if stat[census.STATE] == b"R"}
+            free = [tid for tid, stat in busy.items() if self._is_free(tid, stat)] if len(busy) > self._most else []
+            if not free:
+                continue
+            before = self._restrained.get(sandbox, {})
+            escaped = any(before.get(tid) == threads[tid][census.STARTED] for tid in free)
+            self._escapes[sandbox] = self._escapes.get(sandbox, 0) + escaped
+            if self._escapes[sandbox] > _PARDONS:
+                census.end(processes, "a slot takes off what keeps it out of its neighbours' way")
+                continue
+            self._restrained[sandbox] = {tid: stat[census.STARTED] for tid, stat in threads.items()}
+            # In a container root may not do that to others (it lacks CAP_SYS_NICE).
+            with confine.as_user(sandbox, 0) if self._root else contextlib.nullcontext():
+                self._restrain(threads)
 
-    def _is_free(self, thread: int, fields: Sequence[bytes]) -> bool:
+    def _is_free(self, thread: int, stat: Stat) -> bool:
         """Whether it is not restrained."""
         try:
-            return int(fields[_POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= self._half
+            return int(stat[census.POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= self._half
         except OSError:  # it has ended
             return False
 
@@ -89,45 +98,3 @@ class Restraint:
 def _runnable() -> int:
     """How many threads of the whole machine run, or wait for a processor, see proc_loadavg(5)."""
     return int(linux.read("/proc/loadavg").split()[3].partition(b"/")[0])
-
-
-def _user(pid: int, users: Collection[int]) -> int | None:
-    """Whose it is, if that is one of ``users``."""
-    try:
-        owner = os.stat(f"/proc/{pid}").st_uid
-        if owner == 0:  # also of one that has made itself undumpable, see proc(5)
-            told = linux.read(f"/proc/{pid}/status").partition(b"\nUid:")[2]  # no name in there has a line's end in it
-            owner = int(told.split(None, 1)[0])
-    except (OSError, IndexError):  # it has ended
-        return None
-    return owner if owner in users else None
-
-
-def _child_above(pid: int, stats: Mapping[int, Sequence[bytes]]) -> int | None:
-    """The child of this process from which it descends; for a sandbox in a PID namespace, bubblewrap."""
-    for _ in range(len(stats)):  # what is read one after the other could be a circle
-        fields = stats.get(pid)
-        if fields is None:
-            return None
-        parent = int(fields[_PARENT])
-        if parent == os.getpid():
-            return pid
-        pid = parent
-    return None
-
-
-def _stats() -> Iterator[tuple[int, Sequence[bytes]]]:
-    """Of all processes that can be seen."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended
-            yield int(name), linux.stat_fields(f"/proc/{name}")
-
-
-def _threads(pid: int, stat: Sequence[bytes]) -> Iterator[tuple[int, Sequence[bytes]]]:
-    if stat[_NUM_THREADS] == b"1":
-        yield pid, stat
-        return
-    with contextlib.suppress(OSError):  # it has ended
-        for name in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):
-                yield int(name), linux.stat_fields(f"/proc/{pid}/task/{name}")

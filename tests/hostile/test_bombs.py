@@ -95,7 +95,7 @@ def test_so_it_does_in_a_container(contained: Standing, mode: str, command: str,
 FULL = bomb(
     "memory bomb that fills its container",
     "for i in {1..20}; do (while :; do python3 -c 'b = []\nwhile 1: b.append(bytearray(1 << 20))' 2>&-; done) & done; wait",
-    "the neighbour's commands succeed and the server goes on; clean at its end",
+    HOLDS + "; the server goes on",
 )
 
 
@@ -108,9 +108,9 @@ def cramped(sandbox_image: str) -> Iterator[Server]:
 
 @pytest.mark.parametrize("mode", ["docker"])
 @pytest.mark.parametrize("command", [FULL])
-def test_so_it_does_more_slowly_where_memory_runs_out(cramped: Server, mode: str, command: str, figure: Figure) -> None:
+def test_so_it_does_where_memory_runs_out(cramped: Server, mode: str, command: str, figure: Figure) -> None:
     boot = cramped.client.health()["boot_id"]
-    compare(cramped, command, figure, most=float("inf"))
+    compare(cramped, command, figure, longer=3)
     assert cramped.client.health()["boot_id"] == boot
 
 
@@ -123,7 +123,7 @@ UNRESTRAINED = bomb("CPU hog that takes its restraint off", "exec python3 -c '" 
 
 
 @pytest.mark.parametrize("mode", ["docker"])
-@pytest.mark.parametrize("command", HOGS)
+@pytest.mark.parametrize("command", [*HOGS, UNRESTRAINED])
 def test_so_it_does_without_control_groups(contained: Standing, mode: str, command: str, figure: Figure) -> None:
     compare(contained(mode), command, figure, longer=3)
 
@@ -134,10 +134,10 @@ def test_so_it_does_where_an_ordinary_user_has_none(contained: Standing, mode: s
     compare(contained(mode), command, figure, longer=3)
 
 
-def compare(server: Server, command: str, figure: Figure, longer: int = 1, most: float = MOST_TIMES_SLOWER) -> None:
-    """:param longer: how often, as a hog is restrained only once it is noticed."""
+def compare(server: Server, command: str, figure: Figure, longer: int = 1) -> None:
+    """:param longer: how many times as long, as something is done against a hog only once it is noticed."""
     ratios: list[float] = []
-    while len(ratios) < TRIES and (not ratios or min(ratios) >= most):
+    while len(ratios) < TRIES and (not ratios or min(ratios) >= MOST_TIMES_SLOWER):
         a, b = server.lease(2)
         before = durations(server, b)
         beside = p95(beside_bomb(server, a, b, command, longer))
@@ -148,7 +148,7 @@ def compare(server: Server, command: str, figure: Figure, longer: int = 1, most:
         server.client.lease("test", 30.0, 0, [b["token"]])
         assert server.free(2, 30), server.client.health()["counts"]
     figure(f"p95 {quiet * 1000:.1f} ms quiet, {beside * 1000:.1f} ms beside, {min(ratios):.1f} times")
-    assert min(ratios) < most, ratios
+    assert min(ratios) < MOST_TIMES_SLOWER, ratios
 
 
 def beside_bomb(server: Server, a: Lease, b: Lease, command: str, longer: int) -> list[float]:
@@ -164,7 +164,7 @@ def beside_bomb(server: Server, a: Lease, b: Lease, command: str, longer: int) -
 def explode(server: Server, a: Lease, command: str, limit: float) -> None:
     try:
         result = server.bash(a, command, timeout=limit)
-    except SlotBroken:  # it has more processes than can be ended one by one
+    except SlotBroken:  # it has more processes than can be ended one by one, or its slot was ended
         return
     gave_up = result["exit_code"] == 254 and "fork: retry" in result["stderr"]  # as bash does after some retries
     assert result["timed_out"] or gave_up, result

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,49 @@ def test_memory(start_server: StartServer, mode: str) -> None:
         )
         assert len(server.bash(one, together)["stdout"].splitlines()) < 4
     assert server.bash(other, "echo well")["stdout"] == "well\n"
+
+
+@contextlib.contextmanager
+def little_memory(size: int) -> Iterator[cgroups.Groups]:
+    """Control groups that may have so much."""
+    try:
+        groups = cgroups.find(size, None)
+    except OSError as e:
+        pytest.skip(f"no control groups can be had here: {e}")
+    try:
+        yield groups
+    finally:
+        groups.close()
+
+
+def killed_by_kernel(groups: cgroups.Groups, name: str) -> int:
+    """How many processes it had to kill in that group."""
+    file = "memory.events" if groups.version == 2 else "memory.oom_control"
+    (text,) = [path.read_text() for root in groups.roots if (path := Path(root, name, file)).exists()]
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("oom_kill ")))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_slot_that_fills_the_servers_own_memory_is_ended_before_that_is_full(start_server: StartServer, mode: str) -> None:
+    with little_memory(400 << 20) as groups:
+        files = groups.make("server")
+        if mode == "bwrap-as-user":
+            if groups.version == 2:
+                pytest.skip("of version 2 an ordinary user may not join a group that root has made")
+            for file in files:
+                os.chown(file, pwd.getpwnam(ORDINARY_USER).pw_uid, -1)
+        server = start_server(mode, groups=files)
+        one, other = server.lease(2)
+        assert python(server, other, "held = b'x' * (20 << 20)\nimport time\ntime.sleep(0.2)")["exit_code"] == 0
+        for fill in (ALLOCATE, "b'x' * (400 << 20)"):
+            result = server.bash(one, "python3 -\ntrue", stdin=fill)
+            assert result["exit_code"] == 0
+        result = server.bash(one, "python3 -", stdin=ALLOCATE)
+        assert result["exit_code"] == 128 + signal.SIGKILL, result
+        assert len(result["stdout"].splitlines()) > 100
+        assert server.bash(other, "echo well")["stdout"] == "well\n"
+        assert killed_by_kernel(groups, "server") == 0
+        server.stop()
 
 
 def in_groups(mode: str) -> bool:

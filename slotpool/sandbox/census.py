@@ -1,0 +1,102 @@
+"""Which of the machine's processes are whose: found by user, or by descent. Standard library alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Callable
+
+from . import linux
+
+# Fields of /proc/PID/stat from the state on, see proc_pid_stat(5).
+STATE, PARENT, NUM_THREADS, STARTED, POLICY = 0, 1, 17, 19, 38
+
+Stat = Sequence[bytes]
+
+
+def take(users: Collection[int]) -> dict[int, dict[int, Stat]]:
+    """The processes of sandboxes, by process id; for the process that makes all sandboxes, and is none of theirs.
+
+    :param users: the sandboxes', one each, if this is root; else that of this process.
+    :return: by sandbox: by its user; or by the process that was started for it.
+    """
+    root = os.geteuid() == 0
+    stats = dict(_stats())
+    found: dict[int, dict[int, Stat]] = defaultdict(dict)
+    for pid, stat in stats.items():
+        sandbox = _user(pid, users) if root else _child_above(pid, stats)
+        if sandbox is not None:
+            found[sandbox][pid] = stat
+    return found
+
+
+def _user(pid: int, users: Collection[int]) -> int | None:
+    """Whose it is, if that is one of ``users``."""
+    try:
+        owner = os.stat(f"/proc/{pid}").st_uid
+        if owner == 0:  # also of one that has made itself undumpable, see proc(5)
+            told = linux.read(f"/proc/{pid}/status").partition(b"\nUid:")[2]  # no name in there has a line's end in it
+            owner = int(told.split(None, 1)[0])
+    except (OSError, IndexError):  # it has ended
+        return None
+    return owner if owner in users else None
+
+
+def _child_above(pid: int, stats: Mapping[int, Stat]) -> int | None:
+    """The child of this process from which it descends; for a sandbox in a PID namespace, bubblewrap."""
+    for _ in range(len(stats)):  # what is read one after the other could be a circle
+        fields = stats.get(pid)
+        if fields is None:
+            return None
+        parent = int(fields[PARENT])
+        if parent == os.getpid():
+            return pid
+        pid = parent
+    return None
+
+
+def _stats() -> Iterator[tuple[int, Stat]]:
+    """Of all processes that can be seen."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            yield int(name), linux.stat_fields(f"/proc/{name}")
+
+
+def threads(pid: int, stat: Stat) -> Iterator[tuple[int, Stat]]:
+    """Of that process."""
+    if stat[NUM_THREADS] == b"1":
+        yield pid, stat
+        return
+    with contextlib.suppress(OSError):  # it has ended
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                yield int(name), linux.stat_fields(f"/proc/{pid}/task/{name}")
+
+
+def end(processes: Mapping[int, Stat], why: str) -> None:
+    """Kill the processes that had these ``stat``; the server's log says why."""
+    print(f"slotpool: {why}; {len(processes)} of its processes are killed", file=sys.stderr, flush=True)
+    for pid, stat in processes.items():
+        _act_on(pid, stat, lambda process: signal.pidfd_send_signal(process, signal.SIGKILL))
+
+
+def release_memory(pid: int, stat: Stat) -> bool:
+    """Give back the memory of a process that was killed and is still there; whether that could be done."""
+    return _act_on(pid, stat, linux.release_memory)
+
+
+def _act_on(pid: int, stat: Stat, act: Callable[[int], None]) -> bool:
+    """Call ``act`` with a pidfd of the process that had that ``stat``, and of no other that may have its id now."""
+    with contextlib.suppress(OSError):  # it has ended by itself
+        process = os.pidfd_open(pid)
+        try:
+            if linux.stat_fields(f"/proc/{pid}")[STARTED] == stat[STARTED]:
+                act(process)
+                return True
+        finally:
+            os.close(process)
+    return False
