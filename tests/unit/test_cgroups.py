@@ -52,3 +52,50 @@ def test_not_while_a_process_has_inherited_their_lock(hierarchy: str) -> None:
     os.close(inherited)
     groups(hierarchy).close()
     assert os.listdir(hierarchy) == []
+
+
+def place(monkeypatch: pytest.MonkeyPatch, memberships: str, mounts: str) -> None:
+    """Let /proc tell that of this process."""
+    told = {"/proc/self/cgroup": memberships, "/proc/self/mountinfo": mounts}
+    read = cgroups._read
+    monkeypatch.setattr(cgroups, "_read", lambda path: told[path] if path in told else read(path))
+
+
+def group(directory: Path, files: dict[str, str]) -> None:
+    directory.mkdir()
+    for name, text in files.items():
+        (directory / name).write_text(text)
+
+
+def test_the_memory_of_the_group_that_may_have_least_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "top").mkdir()
+    group(tmp_path / "top" / "service", {"memory.max": "1000000\n", "memory.stat": "file 3\nanon 700\nanon_thp 2\n"})
+    group(tmp_path / "top" / "service" / "slotpool", {"memory.max": "max\n", "memory.stat": "anon 5\nfile 1\n"})
+    mounts = f"30 20 0:26 / {tmp_path}/top rw,nosuid - cgroup2 cgroup2 rw\n"
+    place(monkeypatch, "1:name=systemd:/elsewhere\n0::/service/slotpool\n", mounts)
+    memory = cgroups.limited_memory()
+    assert memory is not None
+    assert (memory.limit, memory.held()) == (1_000_000, 700)
+
+
+def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stat = "cache 9\nrss 1\ntotal_cache 9\ntotal_rss 800\ntotal_rss_huge 0\n"
+    group(tmp_path / "memory", {"memory.limit_in_bytes": "2000000\n", "memory.stat": stat})
+    (tmp_path / "unified").mkdir()
+    mounts = (
+        f"30 20 0:26 /docker/x {tmp_path}/memory ro - cgroup cgroup rw,memory\n"
+        f"31 20 0:27 /docker/x {tmp_path}/unified ro - cgroup2 cgroup2 rw\n"
+    )
+    place(monkeypatch, "4:memory:/docker/x\n0::/docker/x\n", mounts)
+    memory = cgroups.limited_memory()
+    assert memory is not None
+    assert (memory.limit, memory.held()) == (2_000_000, 800)
+
+
+@pytest.mark.parametrize("limit", ["max", str(1 << 62)])
+def test_none_is_limited_that_may_have_the_whole_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str) -> None:
+    group(tmp_path / "own", {"memory.max": limit, "memory.stat": "anon 5\n"})
+    place(monkeypatch, "0::/own\n", f"30 20 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
+    assert cgroups.limited_memory() is None
+    place(monkeypatch, "", "")
+    assert cgroups.limited_memory() is None
