@@ -35,6 +35,7 @@ from .restraint import Restraint
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
+_REST = 10.0  # seconds until one looks again that could not
 _MOST_LOCKS = 16
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
 
@@ -96,7 +97,7 @@ class Nursery:
         self._later.append((time.monotonic() + pause, call))
 
     def _look(self, watch: Watch) -> None:
-        pause = _PAUSE
+        pause = _REST
         try:
             pause = watch.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
         finally:
