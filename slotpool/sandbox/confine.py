@@ -96,7 +96,7 @@ def exec_bwrap(order: Order, stdin: int, stdout: int, info: Sequence[int]) -> No
     The payload's descriptors can be taken by the slot, whose user it has: none of them may be worth it.
 
     If this process's parent dies while the sandbox is made, that goes on to its end, where the payload finds ``stdin`` closed.
-    To be killed before would leave the first process of the namespaces waiting for ever.
+    To be killed before, as by bubblewrap's own --die-with-parent, would leave the namespaces' first process waiting for ever.
 
     :param info: a pipe's two ends. Both are kept, as writing to one that nobody reads would be such a death too.
     """

@@ -147,7 +147,7 @@ class Isolation:
     def _bwrap(self, place: Place) -> list[str]:
         args = [shutil.which("bwrap") or "bwrap"]
         args += "--unshare-user --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1".split()
-        args += ["--die-with-parent", "--hostname", "slot", "--uid", str(INNER_UID), "--gid", str(INNER_UID)]
+        args += ["--hostname", "slot", "--uid", str(INNER_UID), "--gid", str(INNER_UID)]
         if not place.network:
             args.append("--unshare-net")
         for path in _SYSTEM:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -15,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MODES, PACKAGE, SESSION, StartServer, wait_until
+from conftest import MODES, PACKAGE, SESSION, StartServer, wait_until, why_not
 
 from slotpool import SlotPool
 from slotpool.errors import FileError, StartFailed
+from slotpool.sandbox.isolation import Isolation, Limits, Place
 
 
 def test_a_user_in_use_is_never_given_to_another_slot() -> None:
@@ -230,3 +234,57 @@ def test_slots_that_are_given_back_together_are_all_made_clean(start_server: Sta
         leases = server.lease(8)
         server.client.lease("test", 30.0, 0, [lease["token"] for lease in leases])
         assert server.free(8)
+
+
+MAKER = """
+import json, os, signal, sys
+from slotpool.sandbox import confine
+stdin, stdout, *info = map(int, sys.argv[2:])
+pid = os.fork()
+if not pid:
+    confine.exec_bwrap(json.loads(sys.argv[1]), stdin, stdout, info)
+print(pid, flush=True)
+signal.pause()
+"""
+
+
+def test_a_sandbox_whose_makers_die_while_it_starts_ends_by_itself(tmp_path: Path) -> None:
+    """Bubblewrap is held where it tells of the sandbox's first process, which waits for it then, by a pipe that is full."""
+    if why_not("bwrap"):
+        pytest.skip(why_not("bwrap"))
+    isolation = Isolation("bwrap", 0, False, Limits(100, None, {}), ())
+    place = Place(str(tmp_path), (), os.geteuid(), os.getegid(), -1, False)
+    os.mkdir(place.workspace)
+    (stdin, hold), (out, stdout), (told, tell) = os.pipe(), os.pipe(), os.pipe()
+    os.set_blocking(tell, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(tell, bytes(4096))
+    os.set_blocking(tell, True)
+    given = (stdin, stdout, told, tell)
+    maker = subprocess.Popen(
+        [sys.executable, "-c", MAKER, json.dumps(isolation.order(place)), *map(str, given)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+        pass_fds=given,
+    )
+    assert maker.stdout is not None
+    with maker, maker.stdout:
+        bwrap = int(maker.stdout.readline())
+        for fd in (stdin, stdout, tell):
+            os.close(fd)
+        assert wait_until(lambda: "pipe_write" in Path(f"/proc/{bwrap}/wchan").read_text())
+        first = int(Path(f"/proc/{bwrap}/task/{bwrap}/children").read_text())
+        maker.kill()
+        maker.wait()
+    os.close(hold)
+    os.read(told, 1 << 20)
+    ended = select.poll()
+    ended.register(out, select.POLLIN)
+    try:
+        assert [event for _, event in ended.poll(10_000)] == [select.POLLHUP]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
+        os.close(out)
+        os.close(told)
