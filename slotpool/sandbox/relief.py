@@ -10,6 +10,7 @@ the container its end is up to the kernel.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Collection
@@ -23,8 +24,9 @@ _MOST_RESERVED = 0.25  # of what there may be
 _FASTEST = 2 << 30  # bytes a second that one processor fills
 _PERIOD = 0.1  # seconds between two looks; one costs 50 microseconds
 _SHORTEST, _SOON = 0.005, 0.02
-_PATIENCE = 10  # looks at which only large processes are killed: a larger one may just be dying, and nobody tells what it had
-_LARGE = 1 / 32  # of what there may be
+_PATIENCE = (
+    10  # looks for which nobody is blamed who has not enough: who had it may just be dying, and nobody tells what he had
+)
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -38,7 +40,6 @@ class Relief:
         self._full = memory.limit - reserve
         self._enough = self._full - reserve
         self._rate = _FASTEST * processors
-        self._large = memory.limit * _LARGE
         self._patience = _PATIENCE
         self._killed: dict[tuple[int, bytes], int] = {}  # by id and start: bytes that they are still to give back
 
@@ -62,24 +63,24 @@ class Relief:
             sizes = []
             for pid, stat in processes.items():
                 key = pid, stat[census.STARTED]
-                if stat[census.STATE] == b"Z":  # it has given all back
+                if stat[census.STATE] == b"Z" and stat[census.NUM_THREADS] == b"1":  # it has given all back
                     continue
                 if key in self._killed:
                     dying[key] = 0 if census.release_memory(pid, stat) else self._killed[key]
                 else:
-                    sizes.append((_anonymous(pid), pid, stat))
-            by_sandbox.append(sorted(sizes, reverse=True))
-        by_sandbox.sort(key=lambda sizes: sum(size for size, _, _ in sizes), reverse=True)
-        least = self._large if self._patience else 0
+                    sizes.append((_anonymous(pid, stat), pid, stat))
+            by_sandbox.append((sum(size for size, _, _ in sizes), sorted(sizes, reverse=True)))
+        by_sandbox.sort(reverse=True)
         needed = self._memory.held() - self._enough - sum(dying.values())  # now, as some may just have died by themselves
+        if self._patience:
+            by_sandbox = [(total, sizes) for total, sizes in by_sandbox[:1] if total >= needed]
         chosen: dict[int, Stat] = {}
-        for size, pid, stat in itertools.chain.from_iterable(by_sandbox):
+        for size, pid, stat in itertools.chain.from_iterable(sizes for _, sizes in by_sandbox):
             if needed <= 0:
                 break
-            if size >= least:
-                needed -= size
-                chosen[pid] = stat
-                dying[pid, stat[census.STARTED]] = size
+            needed -= size
+            chosen[pid] = stat
+            dying[pid, stat[census.STARTED]] = size
         if not dying:
             self._patience = max(0, self._patience - 1)
         if chosen:
@@ -88,10 +89,12 @@ class Relief:
         return bool(dying or self._patience)
 
 
-def _anonymous(pid: int) -> int:
+def _anonymous(pid: int, stat: Stat) -> int:
     """Bytes that are given back when the process ends, unless others share them."""
-    try:
-        _, resident, shared, *_ = linux.read(f"/proc/{pid}/statm").split()
-    except (OSError, ValueError):  # it has ended
-        return 0
-    return (int(resident) - int(shared)) * _PAGE
+    # Of a process whose first thread has ended only its others tell.
+    for tid, _ in census.threads(pid, stat):
+        with contextlib.suppress(OSError, ValueError):  # it has ended
+            _, resident, shared, *_ = linux.read(f"/proc/{pid}/task/{tid}/statm").split()
+            if int(resident):
+                return (int(resident) - int(shared)) * _PAGE
+    return 0
