@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Callable
@@ -24,11 +23,11 @@ def take(users: Collection[int]) -> dict[int, dict[int, Stat]]:
     :param users: the sandboxes', one each, if this is root; else that of this process.
     :return: by sandbox: by its user; or by the process that was started for it.
     """
-    root = os.geteuid() == 0
     stats = dict(_stats())
+    above = None if os.geteuid() == 0 else _children_above(stats)
     found: dict[int, dict[int, Stat]] = defaultdict(dict)
     for pid, stat in stats.items():
-        sandbox = _user(pid, users) if root else _child_above(pid, stats)
+        sandbox = _user(pid, users) if above is None else above.get(pid)
         if sandbox is not None:
             found[sandbox][pid] = stat
     return found
@@ -46,17 +45,23 @@ def _user(pid: int, users: Collection[int]) -> int | None:
     return owner if owner in users else None
 
 
-def _child_above(pid: int, stats: Mapping[int, Stat]) -> int | None:
-    """The child of this process from which it descends; for a sandbox in a PID namespace, bubblewrap."""
-    for _ in range(len(stats)):  # what is read one after the other could be a circle
-        fields = stats.get(pid)
-        if fields is None:
-            return None
-        parent = int(fields[PARENT])
-        if parent == os.getpid():
-            return pid
-        pid = parent
-    return None
+def _children_above(stats: Mapping[int, Stat]) -> dict[int, int | None]:
+    """For each process that descends from this one, the child of this one above it: in a PID namespace, bubblewrap."""
+    own = os.getpid()
+    found: dict[int, int | None] = {}
+    for pid in stats:
+        way = []  # each process is on one only, as thousands may stand in line
+        while pid not in found and pid in stats:
+            way.append(pid)
+            found[pid] = None  # what is read one after the other could be a circle
+            parent = int(stats[pid][PARENT])
+            if parent == own:
+                found[pid] = pid
+                break
+            pid = parent
+        for one in way:
+            found[one] = found.get(pid)
+    return found
 
 
 def _stats() -> Iterator[tuple[int, Stat]]:
@@ -77,11 +82,15 @@ def threads(pid: int, stat: Stat) -> Iterator[tuple[int, Stat]]:
                 yield int(name), linux.stat_fields(f"/proc/{pid}/task/{name}")
 
 
-def end(processes: Mapping[int, Stat], why: str) -> None:
-    """Kill the processes that had these ``stat``; the server's log says why."""
-    print(f"slotpool: {why}; {len(processes)} of its processes are killed", file=sys.stderr, flush=True)
-    for pid, stat in processes.items():
-        _act_on(pid, stat, lambda process: signal.pidfd_send_signal(process, signal.SIGKILL))
+def end(processes: Mapping[int, Stat], why: str) -> set[int]:
+    """Kill the processes that had these ``stat``, and say in the server's log why; those that are killed."""
+    killed = {
+        pid
+        for pid, stat in processes.items()
+        if _act_on(pid, stat, lambda process: signal.pidfd_send_signal(process, signal.SIGKILL))
+    }
+    linux.complain(f"{why}; {len(killed)} of its processes are killed")
+    return killed
 
 
 def release_memory(pid: int, stat: Stat) -> bool:

@@ -6,6 +6,7 @@ whatever limits that one limits the slots too. Sandboxes share the processors ev
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -124,15 +125,17 @@ def _make(version: int, parents: Sequence[str], memory: int | None, cpus: float 
 
 
 class Memory:
-    """The memory of a control group that has a limit.
+    """The memory of a control group that has a limit."""
 
-    :ivar limit: bytes.
-    """
-
-    def __init__(self, directory: str, limit: int, held: bytes) -> None:
-        self.limit = limit
+    def __init__(self, directory: str, limit_file: str, held: bytes) -> None:
+        self._limit = f"{directory}/{limit_file}"
         self._stat = f"{directory}/memory.stat"
         self._held = b"\n%b " % held
+
+    def limit(self) -> int:
+        """Bytes that it may have now; a great many if it is not limited any more."""
+        told = linux.read(self._limit).strip()
+        return sys.maxsize if told == b"max" else int(told)
 
     def held(self) -> int:
         """Bytes of it that processes have, and no file."""
@@ -141,21 +144,15 @@ class Memory:
 
 def limited_memory() -> Memory | None:
     """That of the group, of those that this process is in, which may have least; None if it is as much as the machine has."""
-    found: list[tuple[int, str, bytes]] = []
+    found = []
     for controller, file, held in ((None, "memory.max", b"anon"), ("memory", "memory.limit_in_bytes", b"total_rss")):
-        try:
-            directories = _ways_up(controller)
-        except OSError:
-            continue
-        for directory in directories:
-            try:
-                limit = int(_read(f"{directory}/{file}"))
-            except (OSError, ValueError):  # "max"; and the topmost group has no such file
-                continue
-            found.append((limit, directory, held))
-    limit, directory, held = min(found, default=(sys.maxsize, "", b""))
+        with contextlib.suppress(OSError):
+            found += [
+                Memory(directory, file, held) for directory in _ways_up(controller) if os.path.exists(f"{directory}/{file}")
+            ]
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Memory(directory, limit, held) if limit < whole else None
+    least = min(found, key=Memory.limit, default=None)
+    return least if least is not None and least.limit() < whole else None
 
 
 def join(files: Sequence[str]) -> None:
@@ -238,7 +235,8 @@ def _ways_up(controller: str | None) -> list[str]:
     for kind, root, directory, options in _mounts():
         fits = controller in options if controller else kind == "cgroup2"
         if path is not None and fits:
-            inner = path[len(root.rstrip("/")) :].rstrip("/") if path.startswith(root) else ""
+            root = root.rstrip("/")
+            inner = path[len(root) :].rstrip("/") if f"{path}/".startswith(f"{root}/") else ""
             return [directory + inner[:end] for end in range(len(inner), -1, -1) if inner[end : end + 1] in ("", "/")]
     raise OSError(errno.ENOENT, f"no control groups of {controller or 'version 2'} are mounted")
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import stat
 import struct
+import sys
 from typing import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -208,6 +209,12 @@ def release_memory(process: int) -> None:
     :raises OSError: it could not be done.
     """
     syscall(_SYS_process_mrelease, ctypes.c_int(process), ctypes.c_uint(0))
+
+
+def complain(of: str) -> None:
+    """Write a line to the server's log. If that takes none, as its disk is full, nothing more can be done."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"slotpool: {of}", file=sys.stderr, flush=True)
 
 
 def read(path: str) -> bytes:

@@ -148,7 +148,7 @@ def _guarded(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as e:
-        print(f"slotpool: the nursery's {call} failed: {e!r}", file=sys.stderr, flush=True)
+        linux.complain(f"the nursery's {call} failed: {e!r}")
 
 
 class Sandbox:
@@ -219,14 +219,14 @@ class Sandbox:
         try:
             pid = os.fork()
         except OSError as e:
-            print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
+            linux.complain(f"can't end a sandbox now, trying again: {e}")
             self.nursery.later(functools.partial(self.in_helper, act))
             return
         if pid == 0:
             try:
                 os._exit(0 if act() else 1)
             except BaseException as e:
-                print(f"slotpool: can't end a sandbox: {e!r}", file=sys.stderr, flush=True)
+                linux.complain(f"can't end a sandbox: {e!r}")
                 os._exit(1)
         self.nursery.exited[pid] = lambda well: self.died() if well else self.survived()
 
@@ -272,7 +272,7 @@ class UserSandbox(Sandbox):
         try:
             confine.kill_user(self.order["uid"], self.order["killer"])
         except OSError as e:
-            print(f"slotpool: can't end a sandbox now, trying again: {e}", file=sys.stderr, flush=True)
+            linux.complain(f"can't end a sandbox now, trying again: {e}")
         # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.
         if self._zygote is not None:
             os.kill(self._zygote, signal.SIGKILL)
@@ -296,7 +296,7 @@ class UserSandbox(Sandbox):
         try:
             linux.remove_ipc_objects(uid)
         except OSError as e:
-            print(f"slotpool: can't clear up after a sandbox: {e}", file=sys.stderr, flush=True)
+            linux.complain(f"can't clear up after a sandbox: {e}")
             self.survived()
             return
         left = [directory for directory in scratch if trees.may_be_owned(directory, uid)]

@@ -11,8 +11,8 @@ the container its end is up to the kernel.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import time
 from collections.abc import Collection
 
 from . import census, linux
@@ -21,12 +21,12 @@ from .cgroups import Memory
 
 _RESERVE = 48 << 20  # bytes for each processor, which fills that before the next look, if this one comes a little late
 _MOST_RESERVED = 0.25  # of what there may be
+_MUCH = 0.25  # of what there may be
 _FASTEST = 2 << 30  # bytes a second that one processor fills
-_PERIOD = 0.1  # seconds between two looks; one costs 50 microseconds
+_PERIOD = 0.1  # seconds between two looks; one costs 70 microseconds
 _SHORTEST, _SOON = 0.005, 0.02
-_PATIENCE = (
-    10  # looks for which nobody is blamed who has not enough: who had it may just be dying, and nobody tells what he had
-)
+_PATIENCE = 10  # looks in a row for which only a slot that has much is blamed, and only for as much as is needed
+_DEATH_LIMIT = 1.0  # seconds for which what was killed is expected to give its memory back
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -35,58 +35,59 @@ class Relief:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        processors = len(os.sched_getaffinity(0))
-        reserve = min(_RESERVE * processors, int(_MOST_RESERVED * memory.limit))
-        self._full = memory.limit - reserve
-        self._enough = self._full - reserve
-        self._rate = _FASTEST * processors
         self._patience = _PATIENCE
-        self._killed: dict[tuple[int, bytes], int] = {}  # by id and start: bytes that they are still to give back
+        self._killed: dict[tuple[int, bytes], tuple[float, int]] = {}  # by id and start: when, and the bytes that they had
 
     def look(self, users: Collection[int]) -> float:
         """Kill what has become too much; the seconds until the next look.
 
         :param users: the sandboxes', one each, if this is root; else that of this process.
         """
-        held = self._memory.held()
-        if held <= self._full:
-            self._patience = _PATIENCE
-        else:
-            return _SOON if users and self._make_room(users) else _PERIOD
-        return max(_SHORTEST, min(_PERIOD, (self._full - held) / self._rate))
+        limit, held, processors = self._memory.limit(), self._memory.held(), len(os.sched_getaffinity(0))
+        reserve = min(_RESERVE * processors, int(_MOST_RESERVED * limit))
+        if held > limit - reserve:
+            began = time.monotonic()
+            soon = bool(users) and self._make_room(users, limit, limit - 2 * reserve)
+            return max(_SOON, time.monotonic() - began) if soon else _PERIOD
+        self._patience = _PATIENCE
+        return max(_SHORTEST, min(_PERIOD, (limit - reserve - held) / (_FASTEST * processors)))
 
-    def _make_room(self, users: Collection[int]) -> bool:
-        """Kill the largest processes of the sandbox that has the most, and so on; whether to look again soon."""
-        dying: dict[tuple[int, bytes], int] = {}
-        by_sandbox = []
+    def _make_room(self, users: Collection[int], limit: int, enough: int) -> bool:
+        """Kill processes of the sandbox that has most, until no more than ``enough`` is held; whether to look again soon."""
+        now = time.monotonic()
+        dying: dict[tuple[int, bytes], tuple[float, int]] = {}
+        sandboxes = []
         for processes in census.take(users).values():
             sizes = []
             for pid, stat in processes.items():
-                key = pid, stat[census.STARTED]
                 if stat[census.STATE] == b"Z" and stat[census.NUM_THREADS] == b"1":  # it has given all back
                     continue
-                if key in self._killed:
-                    dying[key] = 0 if census.release_memory(pid, stat) else self._killed[key]
+                key = pid, stat[census.STARTED]
+                killed, size = self._killed.get(key, (-_DEATH_LIMIT, 0))
+                if now < killed + _DEATH_LIMIT:
+                    dying[key] = killed, 0 if census.release_memory(pid, stat) else size
                 else:
                     sizes.append((_anonymous(pid, stat), pid, stat))
-            by_sandbox.append((sum(size for size, _, _ in sizes), sorted(sizes, reverse=True)))
-        by_sandbox.sort(reverse=True)
-        needed = self._memory.held() - self._enough - sum(dying.values())  # now, as some may just have died by themselves
-        if self._patience:
-            by_sandbox = [(total, sizes) for total, sizes in by_sandbox[:1] if total >= needed]
-        chosen: dict[int, Stat] = {}
-        for size, pid, stat in itertools.chain.from_iterable(sizes for _, sizes in by_sandbox):
-            if needed <= 0:
-                break
-            needed -= size
-            chosen[pid] = stat
-            dying[pid, stat[census.STARTED]] = size
-        if not dying:
-            self._patience = max(0, self._patience - 1)
-        if chosen:
-            census.end(chosen, "a slot fills the memory that all have")
+            sandboxes.append((sum(size for size, _, _ in sizes), sorted(sizes, reverse=True)))
+        needed = self._memory.held() - enough - sum(size for _, size in dying.values())  # now, as some may just have died
         self._killed = dying
-        return bool(dying or self._patience)
+        if needed <= 0:
+            return True
+        if sum(total for total, _ in sandboxes) < needed:  # it is not theirs, or one is dying, and nobody tells what it had
+            return bool(dying)
+        most, sizes = max(sandboxes)
+        if self._patience and most < max(needed, _MUCH * limit):
+            self._patience -= 1
+            return True
+        chosen: dict[int, Stat] = {}
+        for size, pid, stat in sizes:
+            if needed > 0 or not self._patience:
+                needed -= size
+                chosen[pid] = stat
+        self._patience = max(0, self._patience - 1)
+        for pid in census.end(chosen, "a slot fills the memory that all have"):
+            dying[pid, chosen[pid][census.STARTED]] = now, next(size for size, one, _ in sizes if one == pid)
+        return True
 
 
 def _anonymous(pid: int, stat: Stat) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from . import census, confine, linux
 from .census import Stat
@@ -24,7 +24,8 @@ from .census import Stat
 _PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
 _MOST_OF_TIME = 0.1  # that looks may take then
 _BUSY = 4  # threads for each processor, from which on it is too many; `make -j$(nproc)` has a quarter of that
-_PARDONS = 2  # times that a thread may take its restraint off, as one does that places itself on a processor when it begins
+_PARDONS = 2  # times that a slot's threads may take their restraint off, as one does that chooses its processors when it begins
+_MEMORY = 10.0  # seconds after which such a time is forgotten
 
 
 def is_possible() -> bool:
@@ -39,12 +40,9 @@ class Restraint:
     """For the process that makes all sandboxes, and is none of theirs."""
 
     def __init__(self) -> None:
-        processors = sorted(os.sched_getaffinity(0))
-        self._most = _BUSY * len(processors)
-        self._half = set(processors[len(processors) // 2 :])
         self._root = os.geteuid() == 0
         self._restrained: dict[int, dict[int, bytes]] = {}  # by sandbox: its threads when it was last, and when they started
-        self._escapes: dict[int, int] = {}  # by sandbox: looks at which one of these was free again
+        self._escapes: dict[int, list[float]] = {}  # by sandbox: when one of these was found free again
 
     def look(self, users: Collection[int]) -> float:
         """Restrain the sandboxes for which that has become necessary; the seconds until the next look.
@@ -52,11 +50,13 @@ class Restraint:
         :param users: theirs, one each, if this is root; else that of this process.
         """
         began = time.monotonic()
-        if users and _runnable() > self._most:
-            self._look_at_all(users)
+        processors = sorted(os.sched_getaffinity(0))
+        most = _BUSY * len(processors)
+        if users and _runnable() > most:
+            self._look_at_all(users, most, set(processors[len(processors) // 2 :]))
         return max(_PERIOD, (time.monotonic() - began) / _MOST_OF_TIME)
 
-    def _look_at_all(self, users: Collection[int]) -> None:
+    def _look_at_all(self, users: Collection[int], most: int, half: set[int]) -> None:
         found = census.take(users)
         for known in (self._restrained, self._escapes):
             for gone in known.keys() - found.keys():
@@ -64,35 +64,43 @@ class Restraint:
         for sandbox, processes in found.items():
             threads = {tid: stat for pid, of_pid in processes.items() for tid, stat in census.threads(pid, of_pid)}
             busy = {tid: stat for tid, stat in threads.items() if stat[census.STATE] == b"R"}
-            free = [tid for tid, stat in busy.items() if self._is_free(tid, stat)] if len(busy) > self._most else []
+            free = {tid: stat for tid, stat in busy.items() if _is_free(tid, stat, half)} if len(busy) > most else {}
             if not free:
                 continue
-            before = self._restrained.get(sandbox, {})
-            escaped = any(before.get(tid) == threads[tid][census.STARTED] for tid in free)
-            self._escapes[sandbox] = self._escapes.get(sandbox, 0) + escaped
-            if self._escapes[sandbox] > _PARDONS:
+            if self._has_escaped(sandbox, free):
                 census.end(processes, "a slot takes off what keeps it out of its neighbours' way")
                 continue
-            self._restrained[sandbox] = {tid: stat[census.STARTED] for tid, stat in threads.items()}
             # In a container root may not do that to others (it lacks CAP_SYS_NICE).
             with confine.as_user(sandbox, 0) if self._root else contextlib.nullcontext():
-                self._restrain(threads)
+                done = {tid: stat[census.STARTED] for tid, stat in threads.items() if _restrain(tid, half)}
+            self._restrained[sandbox] = done
 
-    def _is_free(self, thread: int, stat: Stat) -> bool:
-        """Whether it is not restrained."""
-        try:
-            return int(stat[census.POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= self._half
-        except OSError:  # it has ended
+    def _has_escaped(self, sandbox: int, free: Mapping[int, Stat]) -> bool:
+        """Whether it has taken its restraint off, and more often than is pardoned."""
+        before = self._restrained.get(sandbox, {})
+        if not any(before.get(tid) == stat[census.STARTED] for tid, stat in free.items()):
             return False
+        now = time.monotonic()
+        self._escapes[sandbox] = [at for at in self._escapes.get(sandbox, []) if at > now - _MEMORY] + [now]
+        return len(self._escapes[sandbox]) > _PARDONS
 
-    def _restrain(self, threads: Collection[int]) -> None:
-        """What they start inherits it; what they have started just before is found by the next look."""
-        for thread in threads:
-            try:
-                os.sched_setaffinity(thread, self._half)
-                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
-            except OSError:  # it has ended
-                continue
+
+def _is_free(thread: int, stat: Stat, half: set[int]) -> bool:
+    """Whether it is not restrained."""
+    try:
+        return int(stat[census.POLICY]) != os.SCHED_IDLE or not os.sched_getaffinity(thread) <= half
+    except OSError:  # it has ended
+        return False
+
+
+def _restrain(thread: int, half: set[int]) -> bool:
+    """Whether it could be done. What it starts inherits it; what it has started just before is found by the next look."""
+    try:
+        os.sched_setaffinity(thread, half)
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:  # it has ended; or nobody may do that here
+        return False
+    return True
 
 
 def _runnable() -> int:

@@ -75,7 +75,7 @@ def test_the_memory_of_the_group_that_may_have_least_counts(monkeypatch: pytest.
     place(monkeypatch, "1:name=systemd:/elsewhere\n0::/service/slotpool\n", mounts)
     memory = cgroups.limited_memory()
     assert memory is not None
-    assert (memory.limit, memory.held()) == (1_000_000, 700)
+    assert (memory.limit(), memory.held()) == (1_000_000, 700)
 
 
 def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch,
     place(monkeypatch, "4:memory:/docker/x\n0::/docker/x\n", mounts)
     memory = cgroups.limited_memory()
     assert memory is not None
-    assert (memory.limit, memory.held()) == (2_000_000, 800)
+    assert (memory.limit(), memory.held()) == (2_000_000, 800)
 
 
 @pytest.mark.parametrize("limit", ["max", str(1 << 62)])
