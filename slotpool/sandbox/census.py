@@ -23,7 +23,7 @@ def take(users: Collection[int]) -> dict[int, dict[int, Stat]]:
     :param users: the sandboxes', one each, if this is root; else that of this process.
     :return: by sandbox: by its user; or by the process that was started for it.
     """
-    stats = dict(_stats())
+    stats: dict[int, Stat] = dict(linux.processes())
     above = None if os.geteuid() == 0 else _children_above(stats)
     found: dict[int, dict[int, Stat]] = defaultdict(dict)
     for pid, stat in stats.items():
@@ -62,13 +62,6 @@ def _children_above(stats: Mapping[int, Stat]) -> dict[int, int | None]:
         for one in way:
             found[one] = found.get(pid)
     return found
-
-
-def _stats() -> Iterator[tuple[int, Stat]]:
-    """Of all processes that can be seen."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it has ended
-            yield int(name), linux.stat_fields(f"/proc/{name}")
 
 
 def threads(pid: int, stat: Stat) -> Iterator[tuple[int, Stat]]:

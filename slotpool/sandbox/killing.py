@@ -183,18 +183,12 @@ def _descendants(roots: list[int], living: list[tuple[int, int]]) -> set[int]:
 
 def _living() -> Iterator[tuple[int, int]]:
     """Each process that isn't a zombie, with its parent, as far as /proc shows them."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            fields = linux.stat_fields(f"/proc/{name}")
-        except OSError:
-            continue
-        if fields[0] not in (b"Z", b"X") or _has_threads(name):
-            yield int(name), int(fields[1])
+    for pid, fields in linux.processes():
+        if fields[0] not in (b"Z", b"X") or _has_threads(pid):
+            yield pid, int(fields[1])
 
 
-def _has_threads(pid: str) -> bool:
+def _has_threads(pid: int) -> bool:
     """Whether a process whose first thread has ended has others."""
     try:
         return len(os.listdir(f"/proc/{pid}/task")) > 1

@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import sys
+from collections.abc import Iterator
 from typing import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -270,6 +271,13 @@ def stat_fields(directory: str) -> list[bytes]:
     if not fields:
         raise ProcessLookupError(errno.ESRCH, f"{directory}: it has just ended")
     return fields
+
+
+def processes() -> Iterator[tuple[int, list[bytes]]]:
+    """Those that /proc shows, each with its :func:`stat_fields`."""
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            yield int(name), stat_fields(f"/proc/{name}")
 
 
 def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]:

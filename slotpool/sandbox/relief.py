@@ -80,13 +80,14 @@ class Relief:
             self._patience -= 1
             return True
         chosen: dict[int, Stat] = {}
+        had: dict[int, int] = {}
         for size, pid, stat in sizes:
             if needed > 0 or not self._patience:
                 needed -= size
-                chosen[pid] = stat
+                chosen[pid], had[pid] = stat, size
         self._patience = max(0, self._patience - 1)
         for pid in census.end(chosen, "a slot fills the memory that all have"):
-            dying[pid, chosen[pid][census.STARTED]] = now, next(size for size, one, _ in sizes if one == pid)
+            dying[pid, chosen[pid][census.STARTED]] = now, had[pid]
         return True
 
 
