@@ -78,6 +78,7 @@ NOT_STARTED = -1  # in place of a wait status: the slot can start no more proces
 READY = b"ready"
 ERROR = b"error "
 RELEASE = b"r"
+_NO_PRIORITY = os.sched_param(0)
 _NO_TOOL = 127  # as an exit code
 _NO_SUCH_SHELL = 127 << 8  # as a wait status
 _TOLD = re.compile(rb"(\d{1,3})\n")
@@ -164,6 +165,7 @@ class Zygote:
         # A descriptor, as a signal's handler costs more than all else that is done here.
         self._child_ended = linux.child_signals()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._yields = os.sched_getscheduler(0) == os.SCHED_OTHER  # what it starts, to who serves it
 
     def run(self) -> NoReturn:
         self._poller.watch(self._control.fileno(), self._start)
@@ -187,14 +189,28 @@ class Zygote:
         mark = self._marks.put_on()
         try:
             start = self._start_shell if order["op"] == "shell" else functools.partial(self._fork_tool, sock)
+            self._schedule(os.SCHED_BATCH)
             pid = self._with_patience(start, order, named)
         except OSError as e:
             _tell(sock, self._refused(e, named["stderr"]))
         else:
             call = self._calls[pid] = _Call(pid, mark, sock, (named.pop("stdout"), named.pop("stderr")))
             self._poller.watch(sock.fileno(), lambda: self._hear(call))
+        self._schedule(os.SCHED_OTHER)
         for fd in named.values():
             os.close(fd)
+
+    def _schedule(self, policy: int) -> None:
+        """By it from now on, and what is started.
+
+        Calls are SCHED_BATCH, see sched(7): with as large a share of the processors as anybody's, but when one wakes up it does
+        not take the server's from it. Else a shell that gets its command would, and keep it beyond the command's end.
+        """
+        if self._yields:
+            try:
+                os.sched_setscheduler(0, policy, _NO_PRIORITY)
+            except PermissionError:  # this slot is restrained, and so is what it starts
+                self._yields = False
 
     def _with_patience(self, start: Callable[..., int], *args: Any) -> int:
         try:

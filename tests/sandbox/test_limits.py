@@ -224,6 +224,29 @@ for pid in children: os.kill(pid, signal.SIGKILL)
     assert server.bash(many, "echo well")["stdout"] == "well\n"
 
 
+POLICIES = "exec python3 -c 'import os; print(os.sched_getscheduler(0), os.sched_getscheduler(os.getppid()))'"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_commands_yield_to_who_serves_them(start_server: StartServer, mode: str) -> None:
+    """But the zygote does not: it tells how they end."""
+    server = start_server(mode)
+    (lease,) = server.lease()
+    assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_OTHER}\n"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_policy_that_was_chosen_for_a_server_is_kept(start_server: StartServer, mode: str) -> None:
+    mine = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        server = start_server(mode)
+    finally:
+        os.sched_setscheduler(0, mine, os.sched_param(0))
+    (lease,) = server.lease()
+    assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_BATCH}\n"
+
+
 def test_disk(start_server: StartServer) -> None:
     server = start_server("bwrap", max_disk=4 << 20)
     one, other = server.lease(2)
