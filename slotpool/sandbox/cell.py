@@ -57,7 +57,10 @@ def spawn(nursery: NurseryProcess, order: Order) -> Cell:
 
 
 class Cell:
-    """One sandbox. Thread-safe; calls in it may run side by side."""
+    """One sandbox. Thread-safe; calls in it may run side by side.
+
+    :ivar hurried: a call has found no shell waiting.
+    """
 
     def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket, undertaker: Undertaker) -> None:
         self.order = order
@@ -67,6 +70,7 @@ class Cell:
         self._lock = threading.Lock()  # guards _armed, _arming and _destroyed, and that the sockets aren't closed while in use
         self._armed: list[Call] = []
         self._arming = 0
+        self.hurried = False
         self._destroyed = False
         self._ending = threading.Lock()  # guards _dead, so that of several who destroy it each learns how that went
         self._dead: bool | None = None
@@ -109,7 +113,7 @@ class Cell:
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
-        call.set_feed("script", zygote.framed(script))
+        call.feeds[0].rest = memoryview(zygote.framed(script))
         if stdin is not None:
             call.set_feed("stdin", stdin)
         else:
@@ -120,6 +124,7 @@ class Cell:
         while True:
             with self._lock:
                 if not self._armed:
+                    self.hurried = True
                     return None
                 call = self._armed.pop(0)
             if not call.has_ended():

@@ -7,7 +7,9 @@ import functools
 from .cell import Cell
 from .later import Later
 
-_STOCK = 3  # shells that wait in each cell in use; with 2, calls back to back take a tenth longer
+# Shells that wait in a cell whose calls come one close upon another; with 2, calls back to back take a tenth longer. In others
+# it is one: most of what a short lease costs is the start, and the end, of shells.
+_STOCK = 3
 # Starting a shell takes a core for about a millisecond. Right after a call that core is needed by the caller, who gets his
 # answer; and as long as one shell waits, the next call needs none.
 _PAUSE = 0.0005  # seconds; with 2 ms, one call in a hundred takes four times as long as most, back to back
@@ -21,10 +23,10 @@ class Warmer(Later):
 
     def shell_used(self, cell: Cell) -> None:
         """A shell of ``cell`` has been used, and the answer is on its way."""
-        if not cell.armed:  # calls come so fast that the stock is gone
+        if cell.hurried and not cell.armed:  # calls come so fast that the stock is gone
             arm(cell, 1)
         # One for one: several in a row would keep the zygote from telling the end of a call.
-        self.take(functools.partial(arm, cell, _STOCK))
+        self.take(functools.partial(arm, cell, _STOCK if cell.hurried else 1))
 
 
 def arm(cell: Cell, stock: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from conftest import StartServer
+from arena import family
+from conftest import Server, StartServer, wait_until
 from proxy import CuttingProxy
 
 from slotpool.sandbox.client import SandboxClient
@@ -51,3 +53,29 @@ def test_each_concurrent_call_has_a_connection_and_none_is_made_anew(start_serve
     finally:
         client.close()
         proxy.close()
+
+
+def shells(server: Server) -> int:
+    """How many there are in its slots; a copy of the zygote that has not become one yet does not count."""
+    found = 0
+    for pid in family(server.process.pid):
+        try:
+            found += Path(f"/proc/{pid}/comm").read_text() == "bash\n"
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    assert wait_until(lambda: shells(server) == 2)  # that of the sandbox made in advance, for the next lease, is one of them
+    for _ in range(3):
+        server.bash(lease, "true")
+        assert wait_until(lambda: shells(server) == 2)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(2):
+            threads.submit(server.bash, lease, "until [ -e end ]; do sleep 0.01; done")
+        assert wait_until(lambda: shells(server) == 3)
+        server.client.write_file(lease["slot"], lease["token"], "end", b"")
+    assert wait_until(lambda: shells(server) == 4)
