@@ -272,7 +272,7 @@ def _object(environ: WSGIEnvironment, *fields: str) -> dict[str, Any]:
     """The request's JSON object, with no fields but these."""
     text = _body(environ, protocol.MAX_JSON, "body")
     try:
-        value = json.loads(text.decode())  # of bytes it would guess the encoding first
+        value = protocol.parse(text)
     except (ValueError, RecursionError) as e:
         raise protocol.invalid("body", "JSON", f"{len(text)} bytes: {e}") from e
     if not isinstance(value, dict):

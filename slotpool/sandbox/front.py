@@ -311,7 +311,7 @@ class _Connection:
             chunks = iter(answer)
             first = next(chunks, b"")
             ((status, headers),) = told
-            keep = keep and (status[:3] in ("204", "304") or "content-length" in [name.lower() for name, _ in headers])
+            keep = keep and (status[:3] in ("204", "304") or "Content-Length" in dict(headers))
             keep = keep and not body.is_unwanted and environ["slotpool.keep"]
             self._sock.settimeout(_SILENCE)
             if environ["REQUEST_METHOD"] == "HEAD":
@@ -452,8 +452,7 @@ _KEYS = {name: _key(name) for name in (b"Host", b"Authorization", b"Content-Leng
 
 
 def _head(status: str, headers: list[tuple[str, str]], keep: bool) -> bytes:
-    lines = [f"HTTP/1.1 {status}\r\n"]
+    text = f"HTTP/1.1 {status}\r\n"
     for name, value in headers:
-        lines.append(f"{name}: {value}\r\n")
-    lines.append("\r\n" if keep else "Connection: close\r\n\r\n")
-    return "".join(lines).encode("latin-1")
+        text += f"{name}: {value}\r\n"
+    return (f"{text}\r\n" if keep else f"{text}Connection: close\r\n\r\n").encode("latin-1")

@@ -46,6 +46,7 @@ Errors are ``{"error": {"code", "message", ...}}`` with one of the statuses in :
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -54,6 +55,7 @@ from .. import errors
 LEASE_HEADER = "Slotpool-Lease"
 MAX_JSON = 16 * 1024 * 1024  # bytes of a JSON request
 MAX_WAIT = 30.0  # seconds that one request may be held
+_parse = json.JSONDecoder().raw_decode  # of what has no spaces around it, at half the cost of json.loads()
 
 STATUS: dict[str, int] = {
     "invalid_request": 400,
@@ -109,6 +111,19 @@ class RequestFailed(Exception):
         super().__init__(message)
         self.status = STATUS[code]
         self.body: ErrorBody = {"code": code, "message": message, **more}  # type: ignore[typeddict-item]
+
+
+def parse(message: bytes) -> Any:
+    """What a message says in JSON.
+
+    :raises ValueError, RecursionError: it is none.
+    """
+    text = message.decode()  # of bytes json.loads() would guess the encoding
+    try:
+        value, end = _parse(text)
+    except ValueError:  # or there is a space before it
+        end = -1
+    return value if end == len(text) else json.loads(text)
 
 
 def invalid(field: str, expected: str, got: object) -> RequestFailed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import io
 import json
+import re
 import select
 import socket
 import urllib.parse
@@ -19,12 +20,16 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from ..errors import InvalidRequest
+from . import protocol
 
 CONNECT_TIMEOUT = 5.0  # seconds
 _MAX_HEAD = 65536
 _MAX_BODY = 1 << 34
 _READ_SIZE = 1 << 18
 _JOINED = 1 << 16  # bodies up to this size are sent together with the head
+_STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?![^ \r])")
+_LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*(\d{1,18})[ \t]*(?![^\r])", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nConnection:[ \t]*close[ \t]*(?![^\r])", re.IGNORECASE)
 
 
 class NotSent(Exception):
@@ -72,13 +77,10 @@ class Transport:
         :param read_timeout: seconds that the server may be silent; if it is shorter, the limit of connecting too.
         :raises NotSent, Broken: if there was none, or not all of it.
         """
-        lines = [method, " ", path, self._fixed]
+        text = f"{method} {path}{self._fixed}"
         for name, value in (headers or {}).items():
-            lines += name, ": ", value, "\r\n"
-        if body is not None:
-            lines.append(f"Content-Length: {len(body)}\r\n")
-        lines.append("\r\n")
-        head = "".join(lines).encode("latin-1")
+            text += f"{name}: {value}\r\n"
+        head = (f"{text}\r\n" if body is None else f"{text}Content-Length: {len(body)}\r\n\r\n").encode("latin-1")
         connection = self._take(min(CONNECT_TIMEOUT, read_timeout))
         try:
             if connection.timeout != read_timeout:
@@ -128,7 +130,7 @@ class Transport:
             raise InvalidRequest("args", "what JSON can express", str(e)) from e
         status, content = self.request(method, path, data, read_timeout, headers)
         try:
-            return status, json.loads(content.decode())  # of bytes it would guess the encoding first
+            return status, protocol.parse(content)
         except ValueError:
             return status, None
 
@@ -255,22 +257,12 @@ def _receive_answer(sock: socket.socket) -> tuple[int, bytes, bool]:
 
 def _parse_head(head: bytes) -> tuple[int, int, bool]:
     """Status, length of the content, whether the connection may be kept."""
-    lines = head.split(b"\r\n")
-    try:
-        version, word = lines[0].split(b" ", 2)[:2]
-        status = int(word)
-        length = 0 if status in (204, 304) else -1
-        keep = version == b"HTTP/1.1"
-        for line in lines[1:]:
-            name, _, value = line.partition(b":")
-            name = name.lower()
-            if name == b"content-length":
-                length = int(value)
-            elif name == b"connection" and value.strip().lower() == b"close":
-                keep = False
-    except ValueError as e:
-        raise _Malformed(f"something else than HTTP: {lines[0][:100]!r}") from e
-    return status, length, keep
+    first, told = _STATUS.match(head), _LENGTH.search(head)
+    if first is None:
+        raise _Malformed(f"something else than HTTP: {head[:100]!r}")
+    status = int(first[2])
+    length = int(told[1]) if told is not None else 0 if status in (204, 304) else -1
+    return status, length, first[1] == b"1" and _CLOSE.search(head) is None
 
 
 def _receive(sock: socket.socket) -> bytes:
