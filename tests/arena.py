@@ -283,7 +283,7 @@ class Contained(Arena):
     def pid(self) -> int:
         return 1
 
-    @property
+    @functools.cached_property
     def pid_here(self) -> int:
         return int(docker("inspect", "-f", "{{.State.Pid}}", _name_of(self.server)))
 
