@@ -94,7 +94,8 @@ class World:
         thread.start()
         while not got and len(self.supply.waiters) == waiting:
             time.sleep(0.001)
-        return thread, got
+        with self.supply.lock:  # by then it has also said what it needs
+            return thread, got
 
     def check(self) -> None:
         """What is kept is what a look at everything finds."""
