@@ -67,7 +67,7 @@ class Cell:
         self._undertaker = undertaker
         self._control = control
         self._lifeline = lifeline
-        self._lock = threading.Lock()  # guards _armed, _arming and _destroyed, and that the sockets aren't closed while in use
+        self._lock = threading.Lock()  # guards what follows up to _destroyed, and that the sockets aren't closed while in use
         self._armed: list[Call] = []
         self._arming = 0
         self.hurried = False

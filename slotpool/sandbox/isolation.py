@@ -104,6 +104,7 @@ class Isolation:
         if self.mode == "none":
             return dict(self.limits.asked_for)
         limits = {"RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0, "RLIMIT_NOFILE": self._max_files(), **self.limits.asked_for}
+        limits |= {"RLIMIT_NICE": 0, "RLIMIT_RTPRIO": 0}  # else it could take back SCHED_IDLE, or a processor from all others
         if self.own_users or _processes_counted_by_namespace():
             limits["RLIMIT_NPROC"] = self.limits.max_processes
         return limits

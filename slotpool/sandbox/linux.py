@@ -112,6 +112,14 @@ def child_signals() -> int:
     return fd
 
 
+def has_usual_policy() -> bool:
+    """Whether this process is scheduled by SCHED_OTHER, see sched(7); False where the C library, musl's say, does not tell."""
+    try:
+        return os.sched_getscheduler(0) == os.SCHED_OTHER
+    except OSError:
+        return False
+
+
 def setns(fd: int, kind: int) -> None:
     if _libc.setns(fd, kind) < 0:
         raise _failed("setns")

@@ -28,8 +28,8 @@ _MAX_BODY = 1 << 34
 _READ_SIZE = 1 << 18
 _JOINED = 1 << 16  # bodies up to this size are sent together with the head
 _STATUS = re.compile(rb"HTTP/1\.([01]) (\d{3})(?![^ \r])")
-_LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*(\d{1,18})[ \t]*(?![^\r])", re.IGNORECASE)
-_CLOSE = re.compile(rb"\r\nConnection:[ \t]*close[ \t]*(?![^\r])", re.IGNORECASE)
+_LENGTH = re.compile(rb"\r\nContent-Length:[ \t]*(.*?)[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
+_CLOSE = re.compile(rb"\r\nConnection:[ \t]*close[ \t]*(?=\r\n|\Z)", re.IGNORECASE)
 
 
 class NotSent(Exception):
@@ -257,12 +257,15 @@ def _receive_answer(sock: socket.socket) -> tuple[int, bytes, bool]:
 
 def _parse_head(head: bytes) -> tuple[int, int, bool]:
     """Status, length of the content, whether the connection may be kept."""
-    first, told = _STATUS.match(head), _LENGTH.search(head)
+    first, lengths = _STATUS.match(head), _LENGTH.findall(head)
     if first is None:
         raise _Malformed(f"something else than HTTP: {head[:100]!r}")
     status = int(first[2])
-    length = int(told[1]) if told is not None else 0 if status in (204, 304) else -1
-    return status, length, first[1] == b"1" and _CLOSE.search(head) is None
+    if not lengths and status in (204, 304):
+        lengths = [b"0"]
+    if len(lengths) != 1 or not lengths[0].isdigit() or len(lengths[0]) > 18:
+        raise _Malformed(f"expected one Content-Length, a number, got {b', '.join(lengths)[:100]!r}")
+    return status, int(lengths[0]), first[1] == b"1" and _CLOSE.search(head) is None
 
 
 def _receive(sock: socket.socket) -> bytes:

@@ -11,7 +11,7 @@ from .later import Later
 # it is one: most of what a short lease costs is the start, and the end, of shells.
 _STOCK = 3
 # Starting a shell takes a core for about a millisecond. Right after a call that core is needed by the caller, who gets his
-# answer; and as long as one shell waits, the next call needs none.
+# answer; and as long as one shell waits, or calls are far enough apart, the next call needs none.
 _PAUSE = 0.0005  # seconds; with 2 ms, one call in a hundred takes four times as long as most, back to back
 
 

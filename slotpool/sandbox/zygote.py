@@ -165,7 +165,7 @@ class Zygote:
         # A descriptor, as a signal's handler costs more than all else that is done here.
         self._child_ended = linux.child_signals()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._yields = os.sched_getscheduler(0) == os.SCHED_OTHER  # what it starts, to who serves it
+        self._yields = linux.has_usual_policy()  # what it starts, to who serves it
 
     def run(self) -> NoReturn:
         self._poller.watch(self._control.fileno(), self._start)
@@ -209,7 +209,7 @@ class Zygote:
         if self._yields:
             try:
                 os.sched_setscheduler(0, policy, _NO_PRIORITY)
-            except PermissionError:  # this slot is restrained, and so is what it starts
+            except OSError:  # this slot is restrained, and so is what it starts; or the kernel is none that has this policy
                 self._yields = False
 
     def _with_patience(self, start: Callable[..., int], *args: Any) -> int:

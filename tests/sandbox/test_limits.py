@@ -31,6 +31,20 @@ def limits(server: Server) -> dict[str, str]:
     return told
 
 
+POLICIES = "exec python3 -c 'import os; print(os.sched_getscheduler(0), os.sched_getscheduler(os.getppid()))'"
+
+
+@contextlib.contextmanager
+def scheduled(policy: int) -> Iterator[None]:
+    """By that policy, also what is started."""
+    before = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+
+
 def python(server: Server, lease: Any, code: str) -> Any:
     return server.bash(lease, "exec python3 -", stdin=code)
 
@@ -218,31 +232,31 @@ for pid in children: os.kill(pid, signal.SIGKILL)
         looks = thread.submit(server.bash, few, "exec python3 - 2", stdin=busy)
         assert wait_until(lambda: "begun" in server.bash(few, "ls")["stdout"])
         assert server.bash(many, f"exec python3 - {5 * processors}", stdin=busy)["stdout"] == f"[(True, {half})]\n"
-        assert {os.sched_getscheduler(pid) for one in bystanders for pid in family(one.pid)} == {os.SCHED_OTHER}
+        assert {os.sched_getscheduler(pid) for one in bystanders for pid in family(one.pid)} == {os.sched_getscheduler(0)}
         server.bash(few, "touch end")
         assert looks.result()["stdout"] == f"[(False, {processors})]\n"
-    assert server.bash(many, "echo well")["stdout"] == "well\n"
+    assert server.bash(many, POLICIES)["stdout"] == f"{os.SCHED_IDLE} {os.SCHED_IDLE}\n"  # and so are later commands
 
 
-POLICIES = "exec python3 -c 'import os; print(os.sched_getscheduler(0), os.sched_getscheduler(os.getppid()))'"
+def test_no_command_can_have_a_policy_that_takes_the_processors(start_server: StartServer) -> None:
+    server = start_server("bwrap-as-user" if ROOT else "bwrap")
+    (lease,) = server.lease()
+    assert server.bash(lease, "ulimit -He; ulimit -Hr")["stdout"] == "0\n0\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_commands_yield_to_who_serves_them(start_server: StartServer, mode: str) -> None:
     """But the zygote does not: it tells how they end."""
-    server = start_server(mode)
+    with scheduled(os.SCHED_OTHER):
+        server = start_server(mode)
     (lease,) = server.lease()
     assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_OTHER}\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_policy_that_was_chosen_for_a_server_is_kept(start_server: StartServer, mode: str) -> None:
-    mine = os.sched_getscheduler(0)
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
+    with scheduled(os.SCHED_BATCH):
         server = start_server(mode)
-    finally:
-        os.sched_setscheduler(0, mine, os.sched_param(0))
     (lease,) = server.lease()
     assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_BATCH}\n"
 

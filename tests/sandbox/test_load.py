@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +12,7 @@ from arena import family
 from conftest import Server, StartServer, wait_until
 from proxy import CuttingProxy
 
+from slotpool.errors import FileError
 from slotpool.sandbox.client import SandboxClient
 
 
@@ -55,27 +58,39 @@ def test_each_concurrent_call_has_a_connection_and_none_is_made_anew(start_serve
         proxy.close()
 
 
-def shells(server: Server) -> int:
-    """How many there are in its slots; a copy of the zygote that has not become one yet does not count."""
-    found = 0
+def shells(server: Server) -> set[int]:
+    """Those that are in its slots; a copy of the zygote that has not become one yet is none."""
+    found = set()
     for pid in family(server.process.pid):
-        try:
-            found += Path(f"/proc/{pid}/comm").read_text() == "bash\n"
-        except OSError:  # it has ended
-            pass
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/comm").read_text() == "bash\n":
+                found.add(pid)
     return found
 
 
 def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
-    assert wait_until(lambda: shells(server) == 2)  # that of the sandbox made in advance, for the next lease, is one of them
+    slot = lease["slot"], lease["token"]
+    assert wait_until(lambda: len(shells(server)) == 2)  # one of them in the sandbox that is made in advance
+
+    def one_is_new(before: set[int]) -> bool:
+        now = shells(server)
+        return len(now) == 2 and len(now - before) == 1
+
+    def both_run() -> bool:
+        try:
+            return all(server.client.read_file(*slot, str(i)) == b"" for i in range(2))
+        except FileError:
+            return False
+
     for _ in range(3):
+        before = shells(server)
         server.bash(lease, "true")
-        assert wait_until(lambda: shells(server) == 2)
+        assert wait_until(functools.partial(one_is_new, before))
     with ThreadPoolExecutor(2) as threads:
-        for _ in range(2):
-            threads.submit(server.bash, lease, "until [ -e end ]; do sleep 0.01; done")
-        assert wait_until(lambda: shells(server) == 3)
-        server.client.write_file(lease["slot"], lease["token"], "end", b"")
-    assert wait_until(lambda: shells(server) == 4)
+        calls = [threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done") for i in range(2)]
+        assert wait_until(both_run)
+        server.client.write_file(*slot, "end", b"")
+        assert [call.result()["exit_code"] for call in calls] == [0, 0]
+    assert wait_until(lambda: len(shells(server)) == 4)
