@@ -19,6 +19,7 @@ from .slot import Slot
 
 _BLOCK = 50  # calls of one kind before the other kind's turn, so that both meet the machine in the same moods
 _PACE = 0.010  # seconds between calls, about as an agent's calls come
+_REST = 0.1  # seconds, by when a server has made in advance what it makes
 _AT_ONCE = 10
 
 
@@ -45,7 +46,7 @@ def run(pool: SlotPool, rounds: int) -> list[Figure]:
     figures += _leases(pool, rounds)
     figures += _at_once(pool, rounds)
     if pool.config.backend == "local":  # else its servers are not this process's, and who waits makes it grow
-        figures.append(_hand_over(pool, rounds))
+        figures += _hand_overs(pool, rounds)
         figures.append(_memory(pool))
     return figures
 
@@ -100,30 +101,43 @@ def _large_files(slot: Slot) -> list[Figure]:
     ]
 
 
-def _hand_over(pool: SlotPool, rounds: int) -> Figure:
-    """From a release to the return of a thread that waits in ``acquire``, while all slots are held."""
+def _hand_overs(pool: SlotPool, rounds: int) -> list[Figure]:
     slots = [pool.acquire() for _ in range(pool.total_slots)]
+    figures = []
+    for pace, count, name in (
+        (_PACE, rounds * _BLOCK // 3, "hand-over of a used slot: p50"),
+        (_REST, rounds * _BLOCK // 10, "  with a rest before each: p50"),
+    ):
+        p50 = statistics.median(_hand_over(pool, slots, pace, count)) * 1000
+        figures.append(Figure(name, p50, "ms", note="release to the return of a waiting acquire, cleaning included"))
+    for slot in slots:
+        slot.release()
+    return figures
+
+
+def _hand_over(pool: SlotPool, slots: list[Slot], pace: float, count: int) -> list[float]:
+    """Seconds from a release to the return of a thread that waits in ``acquire``.
+
+    :param slots: all that there are.
+    """
     times: list[float] = []
 
     def wait() -> None:
         slots.append(pool.acquire())
         times.append(time.perf_counter())
 
-    for _ in range(rounds * _BLOCK // 3):
+    for _ in range(count):
         slots[0].bash("true")  # so that there is something to clean
         waiter = threading.Thread(target=wait)
         waiter.start()
         while not pool.get_stats()["requests_waiting"]:
             time.sleep(0.001)
-        time.sleep(_PACE)
+        time.sleep(pace)
         begun = time.perf_counter()
         slots.pop(0).release()
         waiter.join()
         times[-1] -= begun
-    for slot in slots:
-        slot.release()
-    note = "release to the return of a waiting acquire, cleaning included"
-    return Figure("hand-over of a used slot: p50", statistics.median(times) * 1000, "ms", note=note)
+    return times
 
 
 def _leases(pool: SlotPool, rounds: int) -> list[Figure]:
