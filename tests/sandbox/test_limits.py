@@ -244,21 +244,14 @@ def test_no_command_can_have_a_policy_that_takes_the_processors(start_server: St
     assert server.bash(lease, "ulimit -He; ulimit -Hr")["stdout"] == "0\n0\n"
 
 
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_BATCH])
 @pytest.mark.parametrize("mode", MODES)
-def test_commands_yield_to_who_serves_them(start_server: StartServer, mode: str) -> None:
-    """But the zygote does not: it tells how they end."""
-    with scheduled(os.SCHED_OTHER):
+def test_commands_yield_to_who_serves_them(start_server: StartServer, mode: str, policy: int) -> None:
+    """But the zygote, which tells how they end, keeps the server's policy."""
+    with scheduled(policy):
         server = start_server(mode)
     (lease,) = server.lease()
-    assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_OTHER}\n"
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_policy_that_was_chosen_for_a_server_is_kept(start_server: StartServer, mode: str) -> None:
-    with scheduled(os.SCHED_BATCH):
-        server = start_server(mode)
-    (lease,) = server.lease()
-    assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {os.SCHED_BATCH}\n"
+    assert server.bash(lease, POLICIES)["stdout"] == f"{os.SCHED_BATCH} {policy}\n"
 
 
 def test_disk(start_server: StartServer) -> None:
