@@ -113,7 +113,7 @@ class Cell:
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
-        call.feeds[0].rest = memoryview(zygote.framed(script))
+        call.set_feed("script", zygote.framed(script))
         if stdin is not None:
             call.set_feed("stdin", stdin)
         else:

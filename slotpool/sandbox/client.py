@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import threading
@@ -319,7 +318,7 @@ class SandboxClient:
     @staticmethod
     def _refused(status: int, content: bytes, repeated: bool) -> SlotPoolError:
         try:
-            body = json.loads(content)
+            body = protocol.parse(content)
         except ValueError:
             body = None
         return protocol.to_exception(status, body, repeated)
