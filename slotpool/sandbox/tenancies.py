@@ -21,6 +21,7 @@ from .protocol import RequestFailed
 from .state import StateDirectory
 from .tools import Setting
 from .users import UserBlock
+from .warmer import arm
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class TenancyMaker:
             trees.remove_tree(place.directory)
             self._disband(place)
             raise
-        cell.arm()
+        arm(cell)
         workspace = self.isolation.workspace(place)
         setting = Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
         # With max_disk it is a file system that only the slot has.
@@ -224,6 +225,7 @@ class TenancyMaker:
                 tenancy.cell = spawn(self._nursery, self.isolation.order(tenancy.place))
             except SandboxStartFailed as e:
                 raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
+            arm(tenancy.cell)
 
     def end(self, tenancy: Tenancy) -> None:
         """Kill every process, make sure of that, and remove the workspace.

@@ -14,6 +14,7 @@ from proxy import CuttingProxy
 
 from slotpool.errors import FileError
 from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.protocol import Lease
 
 
 def test_commands_that_take_long_hold_up_no_health_check_and_no_other_slot(start_server: StartServer) -> None:
@@ -59,13 +60,26 @@ def test_each_concurrent_call_has_a_connection_and_none_is_made_anew(start_serve
 
 
 def shells(server: Server) -> set[int]:
-    """Those that are in its slots; a copy of the zygote that has not become one yet is none."""
+    """Those that are in its slots; a copy of the zygote that has not become one yet is none, nor is a dead one."""
     found = set()
     for pid in family(server.process.pid):
         with contextlib.suppress(OSError):  # it has ended
-            if Path(f"/proc/{pid}/comm").read_text() == "bash\n":
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"bash\0"):
                 found.add(pid)
     return found
+
+
+def require_one_for_one(server: Server, lease: Lease) -> None:
+    """A shell that was used is replaced; beside it is the one of the sandbox that is made in advance."""
+
+    def one_is_new(before: set[int]) -> bool:
+        now = shells(server)
+        return len(now) == 2 and len(now - before) == 1
+
+    for _ in range(3):
+        before = shells(server)
+        server.bash(lease, "true")
+        assert wait_until(functools.partial(one_is_new, before))
 
 
 def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(start_server: StartServer) -> None:
@@ -74,23 +88,27 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
     slot = lease["slot"], lease["token"]
     assert wait_until(lambda: len(shells(server)) == 2)  # one of them in the sandbox that is made in advance
 
-    def one_is_new(before: set[int]) -> bool:
-        now = shells(server)
-        return len(now) == 2 and len(now - before) == 1
-
     def both_run() -> bool:
         try:
             return all(server.client.read_file(*slot, str(i)) == b"" for i in range(2))
         except FileError:
             return False
 
-    for _ in range(3):
-        before = shells(server)
-        server.bash(lease, "true")
-        assert wait_until(functools.partial(one_is_new, before))
+    require_one_for_one(server, lease)
     with ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done") for i in range(2)]
         assert wait_until(both_run)
         server.client.write_file(*slot, "end", b"")
         assert [call.result()["exit_code"] for call in calls] == [0, 0]
     assert wait_until(lambda: len(shells(server)) == 4)
+
+
+def test_a_slot_that_was_mended_has_one_shell_in_advance_too(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    assert wait_until(lambda: len(shells(server)) == 2)
+    server.bash(lease, "(sleep 0.2; kill -KILL -1) >/dev/null 2>&1 &")
+    assert wait_until(lambda: len(shells(server)) == 1)
+    assert server.bash(lease, "true")["exit_code"] == 0
+    assert wait_until(lambda: len(shells(server)) == 2)
+    require_one_for_one(server, lease)
