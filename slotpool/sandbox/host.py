@@ -258,8 +258,6 @@ class Host:
         :raises RequestFailed: if the lease is not that slot's.
         """
         with self._lock:
-            if slot not in self._table:
-                raise protocol.invalid("slot", f"one of this container's slots, slot_0 to slot_{self.config.slots - 1}", slot)
             if self._table.check(slot, token, time.monotonic()) is None:
                 raise protocol.lease_lost(slot)
             return self._tenancies[slot]

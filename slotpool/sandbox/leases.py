@@ -48,9 +48,6 @@ class LeaseTable:
         self._by_token: dict[str, Lease] = {}
         self._cordons: dict[str, float] = {}  # until when, by who has asked for it
 
-    def __contains__(self, slot: object) -> bool:
-        return slot in self._rows
-
     def take(self, owner: str, count: int, ttl: float, now: float) -> list[Lease]:
         """Lease up to ``count`` free slots, the first in order."""
         taken: list[Lease] = []

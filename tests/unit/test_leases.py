@@ -138,12 +138,8 @@ def test_only_a_slot_that_is_being_prepared_can_become_ready() -> None:
         table.prepare_again("slot_0")
 
 
-def test_it_knows_its_slots_and_no_others() -> None:
-    table = LeaseTable(SLOTS)
-    assert "slot_3" in table
-    assert "slot_4" not in table
-    assert 3 not in table
-    assert table.next_expiry() is None
+def test_nothing_expires_of_a_new_one() -> None:
+    assert LeaseTable(SLOTS).next_expiry() is None
 
 
 @attr.s(auto_attribs=True)
