@@ -248,7 +248,7 @@ Zygote = Impostor
 def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
     """Servers with impostors."""
     package = Path(tmp_path_factory.mktemp("impostor"))
-    for path in (package, *package.parents[:3]):
+    for path in (package, *list(package.parents)[:3]):
         path.chmod(0o755)
     shutil.copytree(Path(PACKAGE, "slotpool"), package / "slotpool", ignore=shutil.ignore_patterns("__pycache__"))
     turned = package / "slotpool" / "sandbox" / "zygote.py"
