@@ -1,4 +1,4 @@
-"""``slotpool bench``: what this machine gives, next to what starting a process costs on it without any pool."""
+"""``slotpool bench``: what this machine gives, next to what a process, or a plain file, costs on it without any pool."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
 import attr
 
 from . import __version__
+from .errors import SlotPoolError
 from .pool import SlotPool
 from .slot import Slot
 
@@ -111,7 +113,10 @@ def _large_files(slot: Slot) -> list[Figure]:
             ("write", lambda: plain.write_bytes(content), lambda: slot.write_file("large", content)),
             ("read", plain.read_bytes, lambda: slot.read_bytes("large")),
         ):
-            bare()
+            try:
+                bare()
+            except OSError as e:
+                raise SlotPoolError(f"{directory}: expected room for 100 MiB, got {e}; TMPDIR says where to write") from e
             times = [(_once(bare), _once(ours)) for _ in range(_LARGE)]
             base, took = (statistics.median(of_one) for of_one in zip(*times))
             figures += [
@@ -213,14 +218,13 @@ def _rate(acts: Sequence[Callable[[], object]]) -> float:
         for _ in range(_BLOCK):
             act()
 
-    threads = [threading.Thread(target=work, args=(act,)) for act in acts]
-    for thread in threads:
-        thread.start()
-    start.wait()
-    begun = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    return len(acts) * _BLOCK / (time.perf_counter() - begun)
+    with ThreadPoolExecutor(len(acts)) as threads:
+        working = [threads.submit(work, act) for act in acts]
+        start.wait()
+        begun = time.perf_counter()
+        for one in working:
+            one.result()
+        return len(acts) * _BLOCK / (time.perf_counter() - begun)
 
 
 def _memory(pool: SlotPool) -> Figure:

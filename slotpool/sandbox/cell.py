@@ -121,15 +121,17 @@ class Cell:
         return call
 
     def _take_armed(self) -> Call | None:
+        killed = False
         while True:
             with self._lock:
                 if not self._armed:
-                    self.hurried = True
+                    self.hurried = self.hurried or not killed
                     return None
                 call = self._armed.pop(0)
             if not call.has_ended():
                 return call
-            call.close()  # what the slot ran before has killed it
+            call.close()
+            killed = True  # by what the slot ran before
 
     def drop_armed(self) -> None:
         """Close the waiting shells, as one of them was killed and the others may have been too, unnoticed yet."""

@@ -328,7 +328,7 @@ class Host:
         except OSError as e:
             if e.errno in _SHORTAGES:
                 raise RequestFailed("overloaded", f"the server is short of something: {e}") from e
-            self._maker.mend(tenancy, cell)
+            self._maker.mend(tenancy, cell, may_have_run=False)
             try:
                 call = tool.start(tenancy.cell)
             except OSError as e:
@@ -363,7 +363,7 @@ class Host:
             raise RequestFailed("closing", "the server is shutting down", may_have_run=True)
         if not self.holds(slot, token):
             raise protocol.lease_lost(slot, may_have_run=True)
-        self._maker.mend(tenancy, cell)
+        self._maker.mend(tenancy, cell, may_have_run=True)
 
     def tenancy(self, slot: str, token: str) -> Tenancy:
         return self._tenancy(slot, token)

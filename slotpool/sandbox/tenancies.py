@@ -195,7 +195,7 @@ class TenancyMaker:
         return place
 
     def make(self, network: bool) -> Tenancy:
-        """A fresh sandbox with an empty workspace, a shell waiting in it.
+        """A fresh sandbox with an empty workspace, a shell waiting in it unless none could be started.
 
         :raises SandboxStartFailed, OSError: nothing is left then.
         """
@@ -213,8 +213,12 @@ class TenancyMaker:
         device = os.stat(place.workspace).st_dev if self._config.max_disk is None else None
         return Tenancy(place, cell, setting, device)
 
-    def mend(self, tenancy: Tenancy, broken: Cell) -> None:
-        """Give a lease new processes in its old workspace; nothing if another call has done it already."""
+    def mend(self, tenancy: Tenancy, broken: Cell, may_have_run: bool) -> None:
+        """Give a lease new processes in its old workspace; nothing if another call has done it already.
+
+        :param may_have_run: whether the call that found it broken had been started.
+        :raises RequestFailed: that could not be done.
+        """
         with tenancy.lock:
             if tenancy.ended or tenancy.cell is not broken:
                 return
@@ -222,10 +226,11 @@ class TenancyMaker:
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
                 return  # its calls go on failing, and at the lease's end the slot is quarantined
             try:
-                tenancy.cell = spawn(self._nursery, self.isolation.order(tenancy.place))
-            except SandboxStartFailed as e:
-                raise RequestFailed("slot_broken", str(e), may_have_run=True) from e
-            arm(tenancy.cell)
+                fresh = spawn(self._nursery, self.isolation.order(tenancy.place))
+            except (SandboxStartFailed, OSError) as e:
+                raise RequestFailed("slot_broken", str(e), may_have_run=may_have_run) from e
+            arm(fresh)
+            tenancy.cell = fresh
 
     def end(self, tenancy: Tenancy) -> None:
         """Kill every process, make sure of that, and remove the workspace.

@@ -33,5 +33,5 @@ def arm(cell: Cell, stock: int = 1) -> None:
     """Start a shell in ``cell``, if it has fewer than ``stock``."""
     try:
         cell.arm(stock)
-    except OSError:  # the sandbox is gone or broken; the next call finds out, and mends it
+    except OSError:  # the sandbox is gone or broken, or the server short of something; the next call finds out
         pass

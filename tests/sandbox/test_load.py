@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,8 +108,22 @@ def test_a_slot_that_was_mended_has_one_shell_in_advance_too(start_server: Start
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     assert wait_until(lambda: len(shells(server)) == 2)
-    server.bash(lease, "(sleep 0.2; kill -KILL -1) >/dev/null 2>&1 &")
-    assert wait_until(lambda: len(shells(server)) == 1)
+    zygotes = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in shells(server)}
+    server.bash(lease, "(until [ -e end ]; do sleep 0.05; done; kill -KILL -1) >/dev/null 2>&1 &")
+    server.client.write_file(lease["slot"], lease["token"], "end", b"")
+    assert wait_until(lambda: sum(os.path.exists(f"/proc/{pid}") for pid in zygotes) == len(shells(server)) == 1)
     assert server.bash(lease, "true")["exit_code"] == 0
     assert wait_until(lambda: len(shells(server)) == 2)
+    require_one_for_one(server, lease)
+
+
+def test_a_waiting_shell_that_the_slot_has_killed_is_replaced_by_one(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    assert wait_until(lambda: len(shells(server)) == 2)
+    others = "for pid in $(pgrep -P $PPID); do [ $pid = $BASHPID ] || kill -KILL $pid; done"
+    server.bash(lease, f"(until [ -e end ]; do sleep 0.05; done; {others}) >/dev/null 2>&1 &")
+    server.client.write_file(lease["slot"], lease["token"], "end", b"")
+    assert wait_until(lambda: len(shells(server)) == 1)
+    assert server.bash(lease, "true")["exit_code"] == 0
     require_one_for_one(server, lease)

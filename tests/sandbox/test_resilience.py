@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -22,7 +23,10 @@ from conftest import MODES, PACKAGE, SESSION, StartServer, wait_until, why_not
 
 from slotpool import SlotPool
 from slotpool.errors import FileError, StartFailed
+from slotpool.sandbox.cell import Cell
 from slotpool.sandbox.isolation import Isolation, Limits, Place
+from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.tenancies import HostConfig, TenancyMaker
 
 
 def test_a_user_in_use_is_never_given_to_another_slot() -> None:
@@ -75,6 +79,21 @@ def test_many_calls_in_one_slot_all_have_their_results(pool: SlotPool) -> None:
     with pool.slot() as s:
         calls: Any = [(s, "bash", {"command": f"echo {i}"}) for i in range(80)]
         assert [result.stdout for result in pool.execute_batch(calls)] == [f"{i}\n" for i in range(80)]
+
+
+def test_a_slot_is_made_also_if_no_shell_can_be_started_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arm(cell: Cell, stock: int = 1) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Cell, "arm", arm)
+    maker = TenancyMaker(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        tenancy = maker.make(network=True)
+        assert tenancy.cell.armed == 0
+        maker.end(tenancy)
+        assert not os.path.exists(tenancy.place.directory)
+    finally:
+        maker.close()
 
 
 def test_a_stopped_zygote_is_replaced_and_holds_nobody_up(start_server: StartServer) -> None:
