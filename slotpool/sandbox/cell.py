@@ -93,21 +93,25 @@ class Cell:
         return len(self._armed)
 
     def arm(self, stock: int = 1) -> None:
-        """Start a shell that waits for a script, if fewer than ``stock`` wait, so that :meth:`shell` needn't start one."""
+        """Start a shell that waits for a script, if fewer than ``stock`` wait, so that :meth:`shell` needn't start one.
+
+        If none can be started, the sandbox is gone or broken, or this process short of something: the next call finds out.
+        """
         with self._lock:
             if self._destroyed or len(self._armed) + self._arming >= stock:
                 return
             self._arming += 1
         call = None
         try:
-            call = self._new_shell(stdin=False)
+            with contextlib.suppress(OSError):
+                call = self._new_shell(stdin=False)
         finally:
             with self._lock:
                 self._arming -= 1
                 kept = call is not None and not self._destroyed
                 if call is not None and kept:
                     self._armed.append(call)
-        if not kept:
+        if call is not None and not kept:
             call.close()
 
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
@@ -125,7 +129,8 @@ class Cell:
         while True:
             with self._lock:
                 if not self._armed:
-                    self.hurried = self.hurried or not killed
+                    if not killed:
+                        self.hurried = True
                     return None
                 call = self._armed.pop(0)
             if not call.has_ended():

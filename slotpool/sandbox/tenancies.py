@@ -21,7 +21,6 @@ from .protocol import RequestFailed
 from .state import StateDirectory
 from .tools import Setting
 from .users import UserBlock
-from .warmer import arm
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +205,7 @@ class TenancyMaker:
             trees.remove_tree(place.directory)
             self._disband(place)
             raise
-        arm(cell)
+        cell.arm()
         workspace = self.isolation.workspace(place)
         setting = Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
         # With max_disk it is a file system that only the slot has.
@@ -229,7 +228,7 @@ class TenancyMaker:
                 fresh = spawn(self._nursery, self.isolation.order(tenancy.place))
             except (SandboxStartFailed, OSError) as e:
                 raise RequestFailed("slot_broken", str(e), may_have_run=may_have_run) from e
-            arm(fresh)
+            fresh.arm()
             tenancy.cell = fresh
 
     def end(self, tenancy: Tenancy) -> None:

@@ -24,14 +24,6 @@ class Warmer(Later):
     def shell_used(self, cell: Cell) -> None:
         """A shell of ``cell`` has been used, and the answer is on its way."""
         if cell.hurried and not cell.armed:  # calls come so fast that the stock is gone
-            arm(cell)
+            cell.arm()
         # One for one: several in a row would keep the zygote from telling the end of a call.
-        self.take(functools.partial(arm, cell, _STOCK if cell.hurried else 1))
-
-
-def arm(cell: Cell, stock: int = 1) -> None:
-    """Start a shell in ``cell``, if it has fewer than ``stock``."""
-    try:
-        cell.arm(stock)
-    except OSError:  # the sandbox is gone or broken, or the server short of something; the next call finds out
-        pass
+        self.take(functools.partial(cell.arm, _STOCK if cell.hurried else 1))

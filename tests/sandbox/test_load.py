@@ -14,6 +14,7 @@ from conftest import Server, StartServer, wait_until
 from proxy import CuttingProxy
 
 from slotpool.errors import FileError
+from slotpool.sandbox import census, linux
 from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.protocol import Lease
 
@@ -104,13 +105,18 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
     assert wait_until(lambda: len(shells(server)) == 4)
 
 
+def run_behind(server: Server, lease: Lease, command: str) -> None:
+    """In the background, while no call runs."""
+    server.bash(lease, f"(until [ -e end ]; do sleep 0.05; done; {command}) >/dev/null 2>&1 &")
+    server.client.write_file(lease["slot"], lease["token"], "end", b"")
+
+
 def test_a_slot_that_was_mended_has_one_shell_in_advance_too(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     assert wait_until(lambda: len(shells(server)) == 2)
-    zygotes = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in shells(server)}
-    server.bash(lease, "(until [ -e end ]; do sleep 0.05; done; kill -KILL -1) >/dev/null 2>&1 &")
-    server.client.write_file(lease["slot"], lease["token"], "end", b"")
+    zygotes = {int(linux.stat_fields(f"/proc/{pid}")[census.PARENT]) for pid in shells(server)}
+    run_behind(server, lease, "kill -KILL -1")
     assert wait_until(lambda: sum(os.path.exists(f"/proc/{pid}") for pid in zygotes) == len(shells(server)) == 1)
     assert server.bash(lease, "true")["exit_code"] == 0
     assert wait_until(lambda: len(shells(server)) == 2)
@@ -121,9 +127,7 @@ def test_a_waiting_shell_that_the_slot_has_killed_is_replaced_by_one(start_serve
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     assert wait_until(lambda: len(shells(server)) == 2)
-    others = "for pid in $(pgrep -P $PPID); do [ $pid = $BASHPID ] || kill -KILL $pid; done"
-    server.bash(lease, f"(until [ -e end ]; do sleep 0.05; done; {others}) >/dev/null 2>&1 &")
-    server.client.write_file(lease["slot"], lease["token"], "end", b"")
+    run_behind(server, lease, "for pid in $(pgrep -P $PPID); do [ $pid = $BASHPID ] || kill -KILL $pid; done")
     assert wait_until(lambda: len(shells(server)) == 1)
     assert server.bash(lease, "true")["exit_code"] == 0
     require_one_for_one(server, lease)

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ def test_many_calls_in_one_slot_all_have_their_results(pool: SlotPool) -> None:
 
 
 def test_a_slot_is_made_also_if_no_shell_can_be_started_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def arm(cell: Cell, stock: int = 1) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def send(cell: Cell, order: dict[str, object], fds: Sequence[int]) -> None:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
 
-    monkeypatch.setattr(Cell, "arm", arm)
+    monkeypatch.setattr(Cell, "send", send)
     maker = TenancyMaker(HostConfig(slots=1, isolation="none"), NurseryProcess())
     try:
         tenancy = maker.make(network=True)
