@@ -33,27 +33,21 @@ _PIPE_CHUNK = 1 << 20  # as wide as a pipe may be made by any user, see pipe(7)
 _F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
 
 
-def spawn(nursery: NurseryProcess, order: Order) -> Cell:
-    """Have a sandbox made; returns when a zygote stands in it.
+def start(nursery: NurseryProcess, order: Order) -> Cell:
+    """Ask for a sandbox. It stands once :meth:`Cell.wait_ready` has returned.
 
-    :raises SandboxStartFailed: with the reason. Nothing is left of the attempt.
+    :raises SandboxStartFailed, OSError: nothing was started.
     """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with far, far_lifeline:
-        try:
-            nursery.order(order, far, far_lifeline)
-        except BaseException:
-            near.close()
-            lifeline.close()
-            raise
-    cell = Cell(order, near, lifeline, nursery.undertaker)
-    try:
-        cell.wait_ready()
-    except BaseException:
-        cell.destroy()
-        raise
-    return cell
+    with contextlib.ExitStack() as ours:
+        ours.callback(near.close)
+        with far:
+            lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.callback(lifeline.close)
+            with far_lifeline:
+                nursery.order(order, far, far_lifeline)
+        ours.pop_all()
+    return Cell(order, near, lifeline, nursery.undertaker)
 
 
 class Cell:
@@ -73,9 +67,13 @@ class Cell:
         self.hurried = False
         self._destroyed = False
         self._ending = threading.Lock()  # guards _dead, so that of several who destroy it each learns how that went
-        self._dead: bool | None = None
+        self._dead: bool | None = None  # None for as long as it is not known
 
     def wait_ready(self) -> None:
+        """Wait until a zygote stands in it.
+
+        :raises SandboxStartFailed: it does not; what there is of it is still to be destroyed.
+        """
         self._control.settimeout(START_LIMIT)
         try:
             told = self._control.recv(8192)
@@ -169,7 +167,9 @@ class Cell:
             self._control.sendmsg([json.dumps(order).encode()], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def destroy(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """Kill every process in it; True if it is certain that none is left. Calls in it end as lost. Repeatable.
+        """Kill every process in it; True if it is certain that none is left. Calls in it end as lost.
+
+        Repeatable: what was not dead in time may be by then.
 
         :param meanwhile: what can be done while they die.
         """
@@ -181,9 +181,10 @@ class Cell:
                 self._dead = self._end(meanwhile)
             if armed:  # not before: the zygote would look for the processes of each, only to die with them
                 self._undertaker.take(lambda: _close_calls(armed))
-            return self._dead
+            return self._dead is True
 
-    def _end(self, meanwhile: Callable[[], None]) -> bool:
+    def _end(self, meanwhile: Callable[[], None]) -> bool | None:
+        dead = False
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
             meanwhile()
@@ -191,12 +192,15 @@ class Cell:
             told, namespaces = linux.receive(self._lifeline, 64, 8)
             if namespaces:
                 self._undertaker.take(lambda: _close_all(namespaces))
-            return told == nursery.DEAD
+            dead = told == nursery.DEAD
+        except socket.timeout:
+            return None
         except OSError:
-            return False
+            pass
         finally:
-            self._lifeline.close()
             self._control.close()
+        self._lifeline.close()
+        return dead
 
 
 def _close_calls(calls: Sequence[Call]) -> None:

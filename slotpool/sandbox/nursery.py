@@ -15,6 +15,7 @@ When the server is gone, however it went, all sandboxes are ended, and its direc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
@@ -37,6 +38,7 @@ DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
 _REST = 10.0  # seconds until one looks again that could not
 _MOST_LOCKS = 16
+_ORDER_FDS = 2
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
 
 
@@ -63,6 +65,14 @@ class Nursery:
         self._serving = True
         self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
+        self._reserve: list[int] = []  # descriptors that are given up for those which come with an order
+        self._fill_reserve()
+
+    def _fill_reserve(self) -> bool:
+        with contextlib.suppress(OSError):
+            while len(self._reserve) < _ORDER_FDS:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY))
+        return len(self._reserve) == _ORDER_FDS
 
     def run(self) -> bool:
         """Serve until the server is gone, then end all sandboxes; whether all have ended."""
@@ -126,18 +136,25 @@ class Nursery:
             _guarded(call)
 
     def _take_order(self) -> None:
-        message, fds = linux.receive(self._control, 1 << 18, 2)
+        while self._reserve:  # what does not fit is lost, and whoever asks for a sandbox has to know that there is none
+            os.close(self._reserve.pop())
+        message, fds = linux.receive(self._control, 1 << 18, _ORDER_FDS)
         if not message:
             self.unwatch(self._control.fileno())
             self._serving = False
             return
-        if len(fds) != 2:  # this process is out of descriptors; the server sees its ends closed
+        if len(fds) != _ORDER_FDS:  # its limit was lowered, or the kernel is short of memory; the server sees its ends closed
             for fd in fds:
                 os.close(fd)
             return
         order: Order = json.loads(message)
         control, lifeline = (socket.socket(fileno=fd) for fd in fds)
         sandbox = KINDS[order["mode"]](self, order, control, lifeline)
+        if not self._fill_reserve():
+            sandbox.fail("the process that makes sandboxes has as many descriptors as it may have")
+            sandbox.died()
+            self._fill_reserve()
+            return
         self.living.add(sandbox)
         self.watch(lifeline.fileno(), sandbox.end)
         sandbox.attempt(sandbox.start)

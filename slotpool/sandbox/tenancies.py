@@ -8,12 +8,13 @@ import logging
 import os
 import secrets
 import threading
+from typing import Callable
 
 import attr
 
 from ..errors import SandboxStartFailed, StartFailed
 from . import cgroups, isolation, killing, linux, restraint, trees
-from .cell import Cell, spawn
+from .cell import Cell, start
 from .executions import Executions
 from .isolation import Isolation, Limits, Place
 from .nursery_process import NurseryProcess
@@ -55,8 +56,10 @@ class Tenancy:
         self.cell = cell
         self.setting = setting  # what tools are used in
         self.executions = Executions()
-        self.lock = threading.Lock()  # guards replacing `cell`, which is done once by the first call that finds it broken
+        # Guards the end, and replacing `cell`, which is done once by the first call that finds it broken.
+        self.lock = threading.Lock()
         self.ended = False
+        self.cleared = False  # nothing of it is left
 
     def within(self, path: str) -> str:
         """That path of the slot's below its workspace, from there."""
@@ -85,6 +88,8 @@ class TenancyMaker:
             self.socket_path = os.path.join(directory, "http.sock")
             self._slots_dir = os.path.join(directory, "slots")
             os.mkdir(self._slots_dir, 0o711)
+            # With max_disk each slot has a file system of its own.
+            self._device = os.stat(self._slots_dir).st_dev if config.max_disk is None else None
             if config.isolation in ("auto", "bwrap"):
                 self._etc = isolation.make_etc(os.path.join(directory, "etc"))
             self.isolation = isolation.choose(config.isolation, self._try_out, self._limits(), config.readonly_paths)
@@ -166,11 +171,7 @@ class TenancyMaker:
 
     def _try_out(self, candidate: Isolation) -> None:
         place = self._make_place(candidate, candidate.default_network)
-        try:
-            if spawn(self._nursery, candidate.order(place)).destroy():
-                self._leave(place)
-        finally:
-            trees.remove_tree(place.directory)
+        self._bury(place, self._fill(place, candidate))
 
     def _make_place(self, chosen: Isolation, network: bool) -> Place:
         uid, gid, killer = os.geteuid(), os.getegid(), -1
@@ -180,37 +181,57 @@ class TenancyMaker:
             with self._users_lock:
                 uid = gid = self._users.take()
         directory = os.path.join(self._slots_dir, f"{next(self._serial)}-{secrets.token_hex(4)}")
-        groups = self._groups.make(os.path.basename(directory)) if self._groups is not None else []
-        place = Place(directory, self._etc, uid, gid, killer, network, tuple(groups))
+        place = Place(directory, self._etc, uid, gid, killer, network)
+        try:
+            if self._groups is not None:
+                place = attr.evolve(place, groups=tuple(self._groups.make(os.path.basename(directory))))
+            self._make_directories(place, chosen)
+        except BaseException:
+            self._clear(place)
+            raise
+        return place
+
+    def _make_directories(self, place: Place, chosen: Isolation) -> None:
         # A slot can open its workspace to everybody, but not the way to it.
-        os.mkdir(directory, 0o710)
-        if uid != os.geteuid():
-            os.chown(directory, -1, gid)
-            os.chmod(directory, 0o710)
+        os.mkdir(place.directory, 0o710)
+        if place.uid != os.geteuid():
+            os.chown(place.directory, -1, place.gid)
+            os.chmod(place.directory, 0o710)
         for path in (place.workspace,) if chosen.mode == "bwrap" else (place.workspace, place.tmp):
             os.mkdir(path, 0o700)
-            if uid != os.geteuid():
-                os.chown(path, uid, gid)
-        return place
+            if place.uid != os.geteuid():
+                os.chown(path, place.uid, place.gid)
+
+    def _fill(self, place: Place, chosen: Isolation) -> Cell:
+        """A sandbox in ``place``, which is cleared if there can be none.
+
+        :raises SandboxStartFailed, OSError: nothing is left then, unless what there was of it could not be killed: its user
+            is nobody else's then.
+        """
+        try:
+            cell = start(self._nursery, chosen.order(place))
+        except BaseException:
+            self._clear(place)
+            raise
+        try:
+            cell.wait_ready()
+        except BaseException:
+            if cell.destroy():
+                self._clear(place)
+            raise
+        return cell
 
     def make(self, network: bool) -> Tenancy:
         """A fresh sandbox with an empty workspace, a shell waiting in it unless none could be started.
 
-        :raises SandboxStartFailed, OSError: nothing is left then.
+        :raises SandboxStartFailed, OSError: nothing is left then, unless it could not be killed.
         """
         place = self._make_place(self.isolation, network)
-        try:
-            cell = spawn(self._nursery, self.isolation.order(place))
-        except BaseException:
-            trees.remove_tree(place.directory)
-            self._disband(place)
-            raise
+        cell = self._fill(place, self.isolation)
         cell.arm()
         workspace = self.isolation.workspace(place)
         setting = Setting(workspace, self.isolation.mode, network, self._config.max_output, self._config.max_file)
-        # With max_disk it is a file system that only the slot has.
-        device = os.stat(place.workspace).st_dev if self._config.max_disk is None else None
-        return Tenancy(place, cell, setting, device)
+        return Tenancy(place, cell, setting, self._device)
 
     def mend(self, tenancy: Tenancy, broken: Cell, may_have_run: bool) -> None:
         """Give a lease new processes in its old workspace; nothing if another call has done it already.
@@ -225,23 +246,34 @@ class TenancyMaker:
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
                 return  # its calls go on failing, and at the lease's end the slot is quarantined
             try:
-                fresh = spawn(self._nursery, self.isolation.order(tenancy.place))
+                fresh = start(self._nursery, self.isolation.order(tenancy.place))
+                try:
+                    fresh.wait_ready()
+                except BaseException:
+                    tenancy.cell = fresh  # broken as well, but it is the one now that has to be dead at the lease's end
+                    fresh.destroy()
+                    raise
             except (SandboxStartFailed, OSError) as e:
                 raise RequestFailed("slot_broken", str(e), may_have_run=may_have_run) from e
             fresh.arm()
             tenancy.cell = fresh
 
     def end(self, tenancy: Tenancy) -> None:
-        """Kill every process, make sure of that, and remove the workspace.
+        """Kill every process, make sure of that, and remove the workspace. Repeatable.
 
         :raises SandboxStartFailed, OSError: if that could not be done.
         """
         with tenancy.lock:  # a reset and a release may meet here
             tenancy.ended = True
-            if not tenancy.cell.destroy(functools.partial(self._begin_to_remove, tenancy.place)):
-                raise SandboxStartFailed("its processes could not be killed")
-            trees.remove_tree(tenancy.place.directory)
-        self._leave(tenancy.place)
+            if tenancy.cleared:  # its user may be another's by now
+                return
+            self._bury(tenancy.place, tenancy.cell, functools.partial(self._begin_to_remove, tenancy.place))
+            tenancy.cleared = True
+
+    def _bury(self, place: Place, cell: Cell, meanwhile: Callable[[], None] = lambda: None) -> None:
+        if not cell.destroy(meanwhile):
+            raise SandboxStartFailed("its processes could not be killed")
+        self._clear(place)
 
     def _begin_to_remove(self, place: Place) -> None:
         """While its processes die, which may be in the way, or make what is not seen any more.
@@ -255,13 +287,11 @@ class TenancyMaker:
         except OSError:
             log.debug("%s could not be removed at once", place.directory, exc_info=True)
 
-    def _disband(self, place: Place) -> None:
+    def _clear(self, place: Place) -> None:
+        """Remove what is left of it. No process is in it."""
+        trees.remove_tree(place.directory)
         if self._groups is not None:
-            self._groups.remove(os.path.basename(place.directory))
-
-    def _leave(self, place: Place) -> None:
-        """Nothing of it is left."""
-        self._nursery.undertaker.take(functools.partial(self._disband, place))
+            self._nursery.undertaker.take(functools.partial(self._groups.remove, os.path.basename(place.directory)))
         if self._users is not None:
             with self._users_lock:
                 self._users.give_back(place.uid)

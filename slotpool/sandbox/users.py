@@ -9,7 +9,7 @@ import os
 import signal
 import time
 
-from ..errors import StartFailed
+from ..errors import SandboxStartFailed, StartFailed
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +49,16 @@ class UserBlock:
         raise StartFailed(f"all {blocks} blocks of user ids for slots are in use on this machine; see {REGISTRY}")
 
     def take(self) -> int:
-        """An id that nobody uses."""
+        """An id that nobody uses.
+
+        :raises SandboxStartFailed: there is none.
+        """
         for _ in range(BLOCK - 1):
             uid = next(self._ids)
             if uid not in self._in_use:
                 self._in_use.add(uid)
                 return uid
-        raise StartFailed(f"all {BLOCK} user ids of this server are in use")
+        raise SandboxStartFailed(f"all {BLOCK} user ids of this server are in use")
 
     def give_back(self, uid: int) -> None:
         """No process has that id any more."""
