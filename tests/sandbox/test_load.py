@@ -106,8 +106,15 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
 
 
 def run_behind(server: Server, lease: Lease, command: str) -> None:
-    """In the background, while no call runs."""
-    server.bash(lease, f"(until [ -e end ]; do sleep 0.05; done; {command}) >/dev/null 2>&1 &")
+    """In the background, while no call runs and the next shell waits."""
+    before = shells(server)
+    server.bash(lease, f"mkfifo fifo; (until [ -e end ]; do read -t 0.05; done <>fifo; {command}) >/dev/null 2>&1 &")
+
+    def waits_beside_the_next() -> bool:
+        now = shells(server)
+        return len(now - before) == 2 and len(now & before) == 1
+
+    assert wait_until(waits_beside_the_next)
     server.client.write_file(lease["slot"], lease["token"], "end", b"")
 
 
@@ -127,7 +134,13 @@ def test_a_waiting_shell_that_the_slot_has_killed_is_replaced_by_one(start_serve
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     assert wait_until(lambda: len(shells(server)) == 2)
-    run_behind(server, lease, "for pid in $(pgrep -P $PPID); do [ $pid = $BASHPID ] || kill -KILL $pid; done")
-    assert wait_until(lambda: len(shells(server)) == 1)
+    run_behind(server, lease, "for pid in $(pgrep -P $PPID); do [ $pid = $BASHPID ] || kill -KILL $pid; done; touch done")
+
+    def is_done() -> bool:
+        with contextlib.suppress(FileError):
+            return server.client.read_file(lease["slot"], lease["token"], "done") == b"" and len(shells(server)) == 1
+        return False
+
+    assert wait_until(is_done)
     assert server.bash(lease, "true")["exit_code"] == 0
     require_one_for_one(server, lease)
