@@ -66,8 +66,9 @@ class Cell:
         self._arming = 0
         self.hurried = False
         self._destroyed = False
-        self._ending = threading.Lock()  # guards _dead, so that of several who destroy it each learns how that went
+        self._ending = threading.Lock()  # guards the next two, so that of several who destroy it each learns how that went
         self._dead: bool | None = None  # None for as long as it is not known
+        self._has_waited = False
 
     def wait_ready(self) -> None:
         """Wait until a zygote stands in it.
@@ -169,7 +170,7 @@ class Cell:
     def destroy(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Kill every process in it; True if it is certain that none is left. Calls in it end as lost.
 
-        Repeatable: what was not dead in time may be by then.
+        Repeatable: what was not dead in time may be by then. It is waited for but once.
 
         :param meanwhile: what can be done while they die.
         """
@@ -188,12 +189,13 @@ class Cell:
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
             meanwhile()
-            self._lifeline.settimeout(DEATH_LIMIT)
+            self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)
+            self._has_waited = True
             told, namespaces = linux.receive(self._lifeline, 64, 8)
             if namespaces:
                 self._undertaker.take(lambda: _close_all(namespaces))
             dead = told == nursery.DEAD
-        except socket.timeout:
+        except (socket.timeout, BlockingIOError):
             return None
         except OSError:
             pass

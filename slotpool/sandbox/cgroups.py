@@ -12,6 +12,7 @@ import fcntl
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from . import linux
@@ -19,6 +20,7 @@ from . import linux
 _PREFIX = "slotpool-"
 _PERIOD = 100_000  # microseconds in which a group has its share of CPU time; the kernel's default
 _REMOVAL_LIMIT = 2.0  # seconds
+_MOST_AGAIN = 4  # groups that are tried when one is to be removed, those that were busy first
 _DISPENSABLE = ("memory.swap.max", "memory.memsw.limit_in_bytes")  # not there if swap is not accounted for
 
 
@@ -41,6 +43,7 @@ class Groups:
         self._limits = _limits(version, memory, cpus)
         self.roots: list[str] = []
         self.locks: list[int] = []
+        self._busy: deque[str] = deque()  # names of groups that could not be removed when they should have been
         name = f"{_PREFIX}{os.urandom(8).hex()}"
         try:
             for parent in parents:
@@ -83,12 +86,24 @@ class Groups:
         return [f"{directory}/{'tasks' if self.version == 1 else 'cgroup.procs'}" for directory in made]
 
     def remove(self, name: str) -> None:
-        """Remove them, if nothing is in them any more; else :meth:`close` does."""
+        """Remove them; with the next ones if something is in them still, a process that nobody has waited for yet, say."""
+        self._busy.append(name)
+        for _ in range(min(len(self._busy), _MOST_AGAIN)):
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                again = self._busy.popleft()
+                if not self._try_to_remove(again):
+                    self._busy.append(again)
+
+    def _try_to_remove(self, name: str) -> bool:
+        gone = True
         for root in self.roots:
             try:
                 os.rmdir(f"{root}/{name}")
+            except FileNotFoundError:
+                pass
             except OSError:
-                continue
+                gone = False
+        return gone
 
     def close(self) -> None:
         """Remove all. Repeatable."""

@@ -285,7 +285,7 @@ class Host:
             if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
                 self._tenancies[slot] = fresh
                 return network
-        self._maker.end(fresh)
+        self._maker.discard(fresh)
         raise protocol.lease_lost(slot)
 
     # Executions

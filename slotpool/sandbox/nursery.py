@@ -8,7 +8,8 @@ end: a JSON list of the server's directory and its control groups, with descript
 further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the
 zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
 writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the
-namespaces that it had, for the other side to close; an end of file without it says that nobody could make sure.
+namespaces that it had, for the other side to close. Until it comes that is being tried; an end of file without it says that
+this process has gone.
 
 When the server is gone, however it went, all sandboxes are ended, and its directory and its control groups are removed.
 """
@@ -36,6 +37,7 @@ from .restraint import Restraint
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
+_AGAIN = 1.0  # seconds until what could not be killed, or cleared up, is tried again
 _REST = 10.0  # seconds until one looks again that could not
 _MOST_LOCKS = 16
 _ORDER_FDS = 2
@@ -138,7 +140,10 @@ class Nursery:
     def _take_order(self) -> None:
         while self._reserve:  # what does not fit is lost, and whoever asks for a sandbox has to know that there is none
             os.close(self._reserve.pop())
-        message, fds = linux.receive(self._control, 1 << 18, _ORDER_FDS)
+        try:
+            message, fds = linux.receive(self._control, 1 << 18, _ORDER_FDS)
+        finally:
+            has_room = self._fill_reserve()
         if not message:
             self.unwatch(self._control.fileno())
             self._serving = False
@@ -146,11 +151,12 @@ class Nursery:
         if len(fds) != _ORDER_FDS:  # its limit was lowered, or the kernel is short of memory; the server sees its ends closed
             for fd in fds:
                 os.close(fd)
+            self._fill_reserve()
             return
         order: Order = json.loads(message)
         control, lifeline = (socket.socket(fileno=fd) for fd in fds)
         sandbox = KINDS[order["mode"]](self, order, control, lifeline)
-        if not self._fill_reserve():
+        if not has_room:
             sandbox.fail("the process that makes sandboxes has as many descriptors as it may have")
             sandbox.died()
             self._fill_reserve()
@@ -212,12 +218,6 @@ class Sandbox:
                 break
             except OSError:  # or nobody waits for it
                 pass
-        self._gone()
-
-    def survived(self) -> None:
-        self._gone()
-
-    def _gone(self) -> None:
         self._lifeline.close()
         self.nursery.living.discard(self)
 
@@ -231,13 +231,16 @@ class Sandbox:
         self._control = None
         return pid
 
-    def in_helper(self, act: Callable[[], bool]) -> None:
-        """Let a child process call ``act``, which takes a while, and says whether nothing is left of the sandbox."""
+    def in_helper(self, act: Callable[[], bool], again: Callable[[], None]) -> None:
+        """Let a child process call ``act``, which takes a while, and says whether nothing is left of the sandbox.
+
+        :param again: called in a while, if something is.
+        """
         try:
             pid = os.fork()
         except OSError as e:
             linux.complain(f"can't end a sandbox now, trying again: {e}")
-            self.nursery.later(functools.partial(self.in_helper, act))
+            self.nursery.later(functools.partial(self.in_helper, act, again))
             return
         if pid == 0:
             try:
@@ -245,7 +248,7 @@ class Sandbox:
             except BaseException as e:
                 linux.complain(f"can't end a sandbox: {e!r}")
                 os._exit(1)
-        self.nursery.exited[pid] = lambda well: self.died() if well else self.survived()
+        self.nursery.exited[pid] = lambda well: self.died() if well else self.nursery.later(again, _AGAIN)
 
 
 class PlainSandbox(Sandbox):
@@ -265,7 +268,7 @@ class PlainSandbox(Sandbox):
         # and not in the helper, which would take another sandbox's helper for one.
         strays = [pid for pid in killing.children(os.getpid()) if pid not in self.nursery.exited]
         roots = strays + ([self._zygote] if self._zygote is not None else [])
-        self.in_helper(lambda: all(killing.kill_tree(root) for root in roots))
+        self.in_helper(lambda: all(killing.kill_tree(root) for root in roots), self.kill)
 
 
 class UserSandbox(Sandbox):
@@ -313,8 +316,8 @@ class UserSandbox(Sandbox):
         try:
             linux.remove_ipc_objects(uid)
         except OSError as e:
-            linux.complain(f"can't clear up after a sandbox: {e}")
-            self.survived()
+            linux.complain(f"can't clear up after a sandbox now, trying again: {e}")
+            self.nursery.later(self._clear, _AGAIN)
             return
         left = [directory for directory in scratch if trees.may_be_owned(directory, uid)]
 
@@ -324,7 +327,7 @@ class UserSandbox(Sandbox):
             return True
 
         if left:
-            self.in_helper(remove)
+            self.in_helper(remove, self._clear)
         else:
             self.died()
 
@@ -338,8 +341,9 @@ class BwrapSandbox(Sandbox):
     _first: int | None = None  # its pidfd
     _told = b""  # what bubblewrap has written of it
     _hold: int | None = None
-    _unknown = False  # there was no descriptor to be had for it
     _settled = False  # bubblewrap has told it, or has failed
+    _said = b""  # what it has written else
+    _heard = False  # that is all, or the payload's, which comes last
 
     def start(self) -> None:
         pipes: list[int] = []
@@ -354,7 +358,7 @@ class BwrapSandbox(Sandbox):
         except OSError:
             for fd in pipes:
                 os.close(fd)
-            self._hold, self._settled = None, True
+            self._hold, self._settled, self._heard = None, True, True
             raise
         if pid == 0:
             confine.exec_bwrap(self.order, waits, payload_out, (self._info, bwrap_info))
@@ -378,22 +382,26 @@ class BwrapSandbox(Sandbox):
             except ProcessLookupError:
                 pass
             except OSError as e:
-                self._unknown = True
-                self.fail(str(e))
+                self.fail(str(e))  # nothing joins it, and the payload ends by itself
         if self._ending:
             self.kill()
 
     def _join(self) -> None:
         while not self._settled:  # it was written before the payload could start
             self._learn_first()
-        stands = os.read(self._ready, 4096)
+        said = os.read(self._ready, 4096)
+        self._said += said
+        if said and self._first is None:
+            return  # bubblewrap has failed, or was killed; as long as a child of its is left, that has this pipe too
         self._close(self._ready)
+        self._heard = True
         if self._ending:
-            return
-        if stands == confine.BWRAP_READY:
+            if self._first is None:
+                self.kill()
+        elif self._first is not None and self._said == confine.BWRAP_READY:
             self.attempt(self._fork_into)
         else:
-            self.fail(stands.decode("utf-8", "replace").strip() or "bubblewrap ended without a word")
+            self.fail(self._said.decode("utf-8", "replace").strip() or "bubblewrap ended without a word")
 
     def _fork_into(self) -> None:
         self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
@@ -407,9 +415,11 @@ class BwrapSandbox(Sandbox):
             return  # _learn_first comes back here
         if self._hold is not None:
             os.close(self._hold)
+            self._hold = None
         if self._first is None:
-            self.survived() if self._unknown else self.died()
-            return
+            if self._heard:
+                self.died()
+            return  # else _join comes back here
         self._namespaces = confine.namespaces_to_keep(self._first_pid)
         try:
             signal.pidfd_send_signal(self._first, signal.SIGKILL)

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import threading
+from collections import deque
 from typing import Callable
 
 import attr
@@ -24,6 +25,8 @@ from .tools import Setting
 from .users import UserBlock
 
 log = logging.getLogger(__name__)
+
+_MOST_AGAIN = 4  # of what could not be cleared, tried again before a sandbox is made
 
 
 @attr.s(slots=True, auto_attribs=True, frozen=True)
@@ -83,6 +86,7 @@ class TenancyMaker:
         self._groups: cgroups.Groups | None = None
         self._etc: list[tuple[str, str]] = []
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
+        self._left: deque[tuple[Place, Cell | None]] = deque()  # what could not be cleared when it should have been
         try:
             directory = self._begin()
             self.socket_path = os.path.join(directory, "http.sock")
@@ -158,6 +162,9 @@ class TenancyMaker:
         if self._state is not None:
             self._state.release()
         self._nursery.close()
+        for _, cell in self._left:
+            if cell is not None:
+                cell.destroy()
         own = self._nursery.has_failed and linux.is_child_subreaper()
         if own and not killing.kill_descendants(self._nursery.others):
             log.error("what the process that makes sandboxes has left could not be killed")
@@ -187,7 +194,7 @@ class TenancyMaker:
                 place = attr.evolve(place, groups=tuple(self._groups.make(os.path.basename(directory))))
             self._make_directories(place, chosen)
         except BaseException:
-            self._clear(place)
+            self._discard(place)
             raise
         return place
 
@@ -203,29 +210,25 @@ class TenancyMaker:
                 os.chown(path, place.uid, place.gid)
 
     def _fill(self, place: Place, chosen: Isolation) -> Cell:
-        """A sandbox in ``place``, which is cleared if there can be none.
+        """A sandbox in ``place``, which is discarded if there can be none.
 
-        :raises SandboxStartFailed, OSError: nothing is left then, unless what there was of it could not be killed: its user
-            is nobody else's then.
+        :raises SandboxStartFailed, OSError:
         """
+        cell = None
         try:
             cell = start(self._nursery, chosen.order(place))
-        except BaseException:
-            self._clear(place)
-            raise
-        try:
             cell.wait_ready()
         except BaseException:
-            if cell.destroy():
-                self._clear(place)
+            self._discard(place, cell)
             raise
         return cell
 
     def make(self, network: bool) -> Tenancy:
         """A fresh sandbox with an empty workspace, a shell waiting in it unless none could be started.
 
-        :raises SandboxStartFailed, OSError: nothing is left then, unless it could not be killed.
+        :raises SandboxStartFailed, OSError: what is left then is seen to.
         """
+        self._try_again()
         place = self._make_place(self.isolation, network)
         cell = self._fill(place, self.isolation)
         cell.arm()
@@ -244,7 +247,7 @@ class TenancyMaker:
                 return
             if not broken.destroy():
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
-                return  # its calls go on failing, and at the lease's end the slot is quarantined
+                return  # its calls go on failing, and at the lease's end the slot is quarantined, unless they are dead by then
             try:
                 fresh = start(self._nursery, self.isolation.order(tenancy.place))
                 try:
@@ -270,8 +273,31 @@ class TenancyMaker:
             self._bury(tenancy.place, tenancy.cell, functools.partial(self._begin_to_remove, tenancy.place))
             tenancy.cleared = True
 
-    def _bury(self, place: Place, cell: Cell, meanwhile: Callable[[], None] = lambda: None) -> None:
-        if not cell.destroy(meanwhile):
+    def discard(self, tenancy: Tenancy) -> None:
+        """:meth:`end` one that nobody has had; later, if that can't be done now."""
+        self._discard(tenancy.place, tenancy.cell)
+
+    def _discard(self, place: Place, cell: Cell | None = None) -> None:
+        try:
+            self._bury(place, cell)
+        except (SandboxStartFailed, OSError) as e:
+            log.warning("%s can't be cleared now, and is tried again: %s", place.directory, e)
+            self._left.append((place, cell))
+
+    def _try_again(self) -> None:
+        """To clear what could not be."""
+        for _ in range(min(len(self._left), _MOST_AGAIN)):
+            try:
+                place, cell = self._left.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            try:
+                self._bury(place, cell)
+            except (SandboxStartFailed, OSError):
+                self._left.append((place, cell))
+
+    def _bury(self, place: Place, cell: Cell | None, meanwhile: Callable[[], None] = lambda: None) -> None:
+        if cell is not None and not cell.destroy(meanwhile):
             raise SandboxStartFailed("its processes could not be killed")
         self._clear(place)
 

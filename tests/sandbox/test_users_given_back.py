@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import signal
-import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +17,11 @@ import pytest
 from conftest import ROOT, wait_until
 
 from slotpool.errors import SandboxStartFailed
-from slotpool.sandbox import cell, cgroups, users
+from slotpool.sandbox import cell, users
 from slotpool.sandbox.isolation import Isolation, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
-from slotpool.sandbox.tenancies import HostConfig, TenancyMaker
+from slotpool.sandbox.tenancies import HostConfig, Tenancy, TenancyMaker
 
 
 class Given:
@@ -28,9 +29,7 @@ class Given:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.users: Counter[int] = Counter()
-        self.groups: Counter[str] = Counter()
         take, give_back = users.UserBlock.take, users.UserBlock.give_back
-        make, remove = cgroups.Groups.make, cgroups.Groups.remove
 
         def taken(block: users.UserBlock) -> int:
             uid = take(block)
@@ -41,29 +40,13 @@ class Given:
             self.users[uid] -= 1
             give_back(block, uid)
 
-        def made(groups: cgroups.Groups, name: str) -> list[str]:
-            files = make(groups, name)
-            self.groups[os.path.dirname(files[0])] += 1
-            return files
-
-        def removed(groups: cgroups.Groups, name: str) -> None:
-            remove(groups, name)
-            for root in groups.roots:
-                if f"{root}/{name}" in self.groups and not os.path.exists(f"{root}/{name}"):
-                    self.groups[f"{root}/{name}"] -= 1
-
         monkeypatch.setattr(users.UserBlock, "take", taken)
         monkeypatch.setattr(users.UserBlock, "give_back", given_back)
-        monkeypatch.setattr(cgroups.Groups, "make", made)
-        monkeypatch.setattr(cgroups.Groups, "remove", removed)
 
     def out(self) -> int:
         """How many users are a slot's."""
         assert set(self.users.values()) <= {0, 1}, "none is given back twice"
         return sum(self.users.values())
-
-    def groups_out(self) -> int:
-        return sum(self.groups.values())
 
 
 @pytest.fixture
@@ -111,22 +94,54 @@ def _no_place_inside(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @contextlib.contextmanager
-def _no_sockets(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def none(*args: Any) -> Any:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(socket, "socketpair", none)
+def _no_descriptors(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not even for looking whether anything is left of a place."""
+    closed = threading.Event()
+    maker._nursery.undertaker.take(closed.set)
+    assert closed.wait(10), "what it closes a moment later"
+    with contextlib.ExitStack() as stack:
+        most = 1 + max(map(int, os.listdir("/proc/self/fd")))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         yield
 
 
 @contextlib.contextmanager
-def _nursery_without_descriptors(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _limited_nursery(maker: TenancyMaker, most: int) -> Iterator[None]:
     pid = maker._nursery.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (1 + max(map(int, os.listdir(f"/proc/{pid}/fd"))), before[1]))
-    yield
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+def _descriptors(pid: int) -> dict[int, str]:
+    return {int(name): os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+
+
+@contextlib.contextmanager
+def _nursery_without_descriptors(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """It has no more than it needs to be asked."""
+    fillers = []  # of gaps below its reserve
+    while True:
+        has = _descriptors(maker._nursery.pid)
+        most = 1 + max(fd for fd, of in has.items() if of == os.devnull)
+        gaps = most - sum(fd < most for fd in has)
+        if gaps < 2:
+            break
+        fillers.append(maker.make(maker.isolation.default_network))
+    with _limited_nursery(maker, most):
+        with pytest.raises(SandboxStartFailed, match="as many descriptors as it may have"):
+            maker.make(maker.isolation.default_network)
+        yield
+    for filler in fillers:
+        maker.end(filler)
 
 
 @contextlib.contextmanager
@@ -142,20 +157,107 @@ def _stopped_nursery(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> It
         os.kill(maker._nursery.pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("trouble", [_no_directories, _no_place_inside, _no_sockets, _nursery_without_descriptors])
+def _use_one(maker: TenancyMaker) -> None:
+    maker.end(maker.make(maker.isolation.default_network))
+
+
+@pytest.mark.parametrize("trouble", [_no_directories, _no_place_inside, _nursery_without_descriptors])
 def test_it_is_given_back_if_no_sandbox_can_be_made(
     maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch, trouble: Any
 ) -> None:
-    slots = maker._slots_dir
     with trouble(maker, monkeypatch):
+        before = given.out(), os.listdir(maker._slots_dir)
         for _ in range(3):
             with pytest.raises((SandboxStartFailed, OSError)):
                 maker.make(maker.isolation.default_network)
-            assert given.out() == 0
-            assert os.listdir(slots) == []
-    maker.end(maker.make(maker.isolation.default_network))
+            assert (given.out(), os.listdir(maker._slots_dir)) == before
+    _use_one(maker)
     assert given.out() == 0
-    wait_until(lambda: given.groups_out() == 0)
+
+
+def test_it_is_given_back_later_if_that_is_impossible_too(
+    maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _no_descriptors(maker, monkeypatch):
+        for _ in range(3):
+            with pytest.raises(OSError, match="Too many open files"):
+                maker.make(maker.isolation.default_network)
+    assert given.out() == 3
+    _use_one(maker)
+    assert given.out() == 0
+    assert os.listdir(maker._slots_dir) == []
+
+
+def test_it_is_given_back_once_what_did_not_stand_in_time_is_dead(
+    maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _stopped_nursery(maker, monkeypatch):
+        for _ in range(3):
+            with pytest.raises(SandboxStartFailed, match="did not stand"):
+                maker.make(maker.isolation.default_network)
+    assert given.out() == 3
+
+    def is_given_back() -> bool:
+        _use_one(maker)
+        return given.out() == 0
+
+    assert wait_until(is_given_back)
+    assert os.listdir(maker._slots_dir) == []
+
+
+def _is_ended(maker: TenancyMaker, tenancy: Tenancy, given: Given) -> bool:
+    with contextlib.suppress(SandboxStartFailed):
+        maker.end(tenancy)
+        return given.out() == 0
+    return False
+
+
+_KILLED_AMID = """
+for word; do [ "$before" != --info-fd ] || info=$word; before=$word; done
+exec {info}>&-
+sleep 1043 &
+kill -KILL $$
+"""
+
+
+def test_it_is_kept_while_a_child_of_a_killed_bubblewrap_is_left(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = TenancyMaker(HostConfig(slots=1, isolation="bwrap"), NurseryProcess())
+    try:
+        order = Isolation.order
+        with monkeypatch.context() as patch:
+            patch.setattr(Isolation, "order", lambda *of: {**order(*of), "bwrap": ["/bin/bash", "-c", _KILLED_AMID, "killed"]})
+            patch.setattr(cell, "START_LIMIT", 0.5)
+            patch.setattr(cell, "DEATH_LIMIT", 0.05)
+            with pytest.raises(SandboxStartFailed, match="did not stand"):
+                maker.make(network=False)
+        _use_one(maker)
+        assert given.out() == 1
+        (uid,) = (uid for uid, count in given.users.items() if count)
+        assert users._kill_all(uid - users.BLOCK + 1), "its own, and no other that is in use"
+
+        def is_given_back() -> bool:
+            _use_one(maker)
+            return given.out() == 0
+
+        assert wait_until(is_given_back)
+    finally:
+        maker.close()
+
+
+def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = TenancyMaker(HostConfig(slots=1, isolation="user"), NurseryProcess())
+    try:
+        tenancy = maker.make(network=True)
+        has = _descriptors(maker._nursery.pid)
+        with monkeypatch.context() as patch, _limited_nursery(maker, next(fd for fd in itertools.count() if fd not in has)):
+            patch.setattr(cell, "DEATH_LIMIT", 0.5)
+            with pytest.raises(SandboxStartFailed, match="could not be killed"):
+                maker.end(tenancy)
+            assert given.out() == 1
+
+        assert wait_until(lambda: _is_ended(maker, tenancy, given))
+    finally:
+        maker.close()
 
 
 def test_it_is_given_back_once_however_often_an_end_is_asked_for(maker: TenancyMaker, given: Given) -> None:
@@ -172,8 +274,7 @@ def test_it_is_kept_until_all_processes_are_dead(maker: TenancyMaker, given: Giv
             with pytest.raises(SandboxStartFailed, match="could not be killed"):
                 maker.end(tenancy)
             assert given.out() == 1
-    maker.end(tenancy)
-    assert given.out() == 0
+    assert wait_until(lambda: _is_ended(maker, tenancy, given))
     assert not os.path.exists(tenancy.place.directory)
 
 
@@ -201,5 +302,4 @@ def test_it_is_kept_until_what_was_to_mend_the_slot_is_dead_too(
         with pytest.raises(SandboxStartFailed, match="could not be killed"):
             maker.end(tenancy)
         assert given.out() == 1
-    maker.end(tenancy)
-    assert given.out() == 0
+    assert wait_until(lambda: _is_ended(maker, tenancy, given))

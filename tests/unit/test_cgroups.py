@@ -54,6 +54,24 @@ def test_not_while_a_process_has_inherited_their_lock(hierarchy: str) -> None:
     assert os.listdir(hierarchy) == []
 
 
+def test_one_that_something_is_in_still_goes_with_a_later_one(hierarchy: str) -> None:
+    one = groups(hierarchy)
+    (root,) = one.roots
+    names = [f"sandbox-{i}" for i in range(12)]
+    for name in names:
+        one.make(name)
+        Path(root, name, "still").touch()  # as a process that nobody has waited for yet
+        one.remove(name)
+    assert sorted(os.listdir(root)) == sorted(names)
+    for name in names:
+        Path(root, name, "still").unlink()
+    for name in ("a", "b", "c", "d"):
+        one.make(name)
+        one.remove(name)
+    assert os.listdir(root) == []
+    one.close()
+
+
 def place(monkeypatch: pytest.MonkeyPatch, memberships: str, mounts: str) -> None:
     """Let /proc tell that of this process."""
     told = {"/proc/self/cgroup": memberships, "/proc/self/mountinfo": mounts}
