@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, wait_until
 
 from slotpool.errors import SandboxStartFailed
-from slotpool.sandbox import cell, users
+from slotpool.sandbox import cell, linux, users
 from slotpool.sandbox.isolation import Isolation, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -129,8 +129,10 @@ def _descriptors(pid: int) -> dict[int, str]:
 def _nursery_without_descriptors(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """It has no more than it needs to be asked."""
     fillers = []  # of gaps below its reserve
+    pid = maker._nursery.pid
     while True:
-        has = _descriptors(maker._nursery.pid)
+        assert wait_until(lambda: linux.stat_fields(f"/proc/{pid}")[0] == b"S"), "it has closed what it does not need any more"
+        has = _descriptors(pid)
         most = 1 + max(fd for fd, of in has.items() if of == os.devnull)
         gaps = most - sum(fd < most for fd in has)
         if gaps < 2:
