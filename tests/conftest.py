@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -43,6 +43,16 @@ def why_not(mode: str) -> str:
 
 ISOLATED = ["bwrap", "user", "bwrap-as-user"]
 MODES = [*ISOLATED, "none"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a server, a nursery or this process has logged as a defect fails the test, whatever became of its calls."""
+    report = yield
+    if report.passed and any("this is a defect of slotpool" in text for _, text in report.sections):
+        report.outcome = "failed"
+        report.longrepr = "expected no defect to be logged, got one: see what was captured"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ class App:
         except RequestFailed as e:
             response = _json(e.status, {"error": e.body})
         except Exception:
-            log.exception("%s %s failed", environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            log.exception("%s %s failed; this is a defect of slotpool", environ["REQUEST_METHOD"], environ["PATH_INFO"])
             failed = RequestFailed("internal", "the server failed; its log says how")
             response = _json(failed.status, {"error": failed.body})
         finally:

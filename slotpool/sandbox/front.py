@@ -180,7 +180,7 @@ class _Connection:
         self._app = app
         self._sock = sock
         self._received = received
-        self._last: tuple[bytes, dict[str, Any], bool] = b"", {}, False  # see _parse()
+        self._last: tuple[bytes | None, dict[str, Any], bool] = None, {}, False  # see _parse()
         self.idle_since = time.monotonic()
         self.known = False
         self.ended = threading.Event()

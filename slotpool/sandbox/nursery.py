@@ -171,7 +171,7 @@ def _guarded(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception as e:
-        linux.complain(f"the nursery's {call} failed: {e!r}")
+        linux.complain(f"the nursery's {call} failed; this is a defect of slotpool: {e!r}")
 
 
 class Sandbox:

@@ -101,6 +101,7 @@ def test_requests_one_behind_the_other_are_answered_in_turn(start: Start) -> Non
         (get("/", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
         (get("/", "Content-Length: 3", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000, 431),
+        (b"\r\nContent-Length: 0\r\n\r\n", 400),
     ],
 )
 def test_what_can_be_misunderstood_is_refused(start: Start, sent: bytes, status: int) -> None:
