@@ -34,6 +34,7 @@ from .confine import Order
 from .poller import Poller
 from .relief import Relief
 from .restraint import Restraint
+from .scratch import Scratch
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
@@ -67,6 +68,7 @@ class Nursery:
         self._serving = True
         self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
+        self._scratch: dict[str, Scratch] = {}
         self._reserve: list[int] = []  # descriptors that are given up for those which come with an order
         self._fill_reserve()
 
@@ -103,6 +105,12 @@ class Nursery:
             for call in due:
                 _guarded(call)
         return True
+
+    def scratch(self, directory: str) -> Scratch:
+        """What is known of a shared directory."""
+        if directory not in self._scratch:
+            self._scratch[directory] = Scratch(directory)
+        return self._scratch[directory]
 
     def later(self, call: Callable[[], None], pause: float = _PAUSE) -> None:
         """Call it in a moment, by default because there is a shortage now."""
@@ -319,7 +327,7 @@ class UserSandbox(Sandbox):
             linux.complain(f"can't clear up after a sandbox now, trying again: {e}")
             self.nursery.later(self._clear, _AGAIN)
             return
-        left = [directory for directory in scratch if trees.may_be_owned(directory, uid)]
+        left = [directory for directory in scratch if self.nursery.scratch(directory).may_have(uid)]
 
         def remove() -> bool:
             for directory in left:

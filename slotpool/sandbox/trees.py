@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator
 
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FEW_ENTRIES = 500
 _MOST_PENDING = 10_000  # directories that are known and not removed yet
 _MOST_ENTRIES = 20_000  # looked at in a shared directory
 
@@ -126,27 +125,6 @@ def remove_owned(directory: str, uid: int) -> None:
     finally:
         for fd in pending:
             os.close(fd)
-
-
-def may_be_owned(directory: str, uid: int) -> bool:
-    """Whether :func:`remove_owned` may find something; False only if that is certain, and at little cost."""
-    budget = _FEW_ENTRIES
-    pending = [directory]
-    try:
-        while pending:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    budget -= 1
-                    info = entry.stat(follow_symlinks=False)
-                    if info.st_uid == uid or budget <= 0:
-                        return True
-                    if stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_IWOTH:
-                        pending.append(entry.path)
-    except FileNotFoundError:
-        return os.path.exists(directory)
-    except OSError:
-        return True
-    return False
 
 
 def _remove_owned_entries(directory: int, uid: int, pending: list[int], budget: int) -> int:

@@ -121,8 +121,18 @@ def _keep_only(control: socket.socket) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
+    kept = control.fileno()
+    try:
+        if kept > 4:
+            linux.close_range(4, kept - 1)
+        linux.close_range(kept + 1)
+    except OSError:  # an older kernel
+        _close_each(kept)
+
+
+def _close_each(kept: int) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 3 and fd != control.fileno():
+        if fd > 3 and fd != kept:
             try:
                 os.close(fd)
             except OSError:  # the descriptor of the listing itself
