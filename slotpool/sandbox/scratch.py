@@ -7,9 +7,7 @@ import stat
 import time
 
 _FEW_ENTRIES = 500
-_SETTLED = (
-    100_000_000  # nanoseconds after which a change has another time than one before; the kernel's clock ticks at 100 Hz or more
-)
+_SETTLED = 100_000_000  # nanoseconds after which a change has another time than the one before; the clock may tick at 100 Hz
 
 
 class Scratch:

@@ -125,11 +125,12 @@ def test_what_comes_at_the_moment_of_a_look_is_seen(tree: Path, monkeypatch: pyt
     monkeypatch.setattr(scratch, "_stamp", lambda info: (info.st_dev, info.st_ino, info.st_ctime_ns // tick * tick))
     for i in range(100):
         shared = Scratch(str(tree))
-        (tree / "file").touch()  # so that the directory has the time of this tick
+        (tree / "ours").touch()  # so that the directory has the time of this tick
         assert not shared.may_have(OTHER)
         _make(tree)
         assert shared.may_have(OTHER), i
         (tree / "file").unlink()
+        (tree / "ours").unlink()
 
 
 def test_where_there_is_much_it_is_not_certain(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
