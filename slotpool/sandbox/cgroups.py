@@ -86,7 +86,9 @@ class Groups:
         return [f"{directory}/{'tasks' if self.version == 1 else 'cgroup.procs'}" for directory in made]
 
     def remove(self, name: str) -> None:
-        """Remove them; with the next ones if something is in them still, a process that nobody has waited for yet, say."""
+        """Remove them; with later ones if something is in them still, a process that nobody has waited for yet, say. A few are
+        tried each time, those that were busy first.
+        """
         self._busy.append(name)
         for _ in range(min(len(self._busy), _MOST_AGAIN)):
             with contextlib.suppress(IndexError):  # another thread was quicker

@@ -9,7 +9,7 @@ further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.c
 zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
 writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the
 namespaces that it had, for the other side to close. Until it comes that is being tried; an end of file without it says that
-this process has gone.
+this process has gone, or never got the lifeline, being short of descriptors or memory.
 
 When the server is gone, however it went, all sandboxes are ended, and its directory and its control groups are removed.
 """
@@ -120,6 +120,9 @@ class Nursery:
         pause = _REST
         try:
             pause = watch.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
+        except OSError as e:
+            pause = _AGAIN
+            linux.complain(f"can't look at the sandboxes now, trying again: {e}")
         finally:
             self.later(functools.partial(self._look, watch), pause)
 
@@ -224,8 +227,13 @@ class Sandbox:
             try:
                 socket.send_fds(self._lifeline, [DEAD], fds)
                 break
-            except OSError:  # or nobody waits for it
+            except ConnectionError:  # nobody waits for it
+                break
+            except OSError:
                 pass
+        else:
+            self.nursery.later(self.died)
+            return
         self._lifeline.close()
         self.nursery.living.discard(self)
 

@@ -7,20 +7,25 @@ import stat
 import time
 
 _FEW_ENTRIES = 500
-_SETTLED = 100_000_000  # nanoseconds after which a change has another time than the one before; the clock may tick at 100 Hz
+# Seconds after which a change has another time than one before, whoever's clock it is taken from, and however coarse: ext4 may
+# keep whole seconds, others two.
+_SETTLED = 2.5
 
 
 class Scratch:
     """A shared directory, and what was seen in it and in the directories in it that everybody may write to.
 
     It is looked through again only if one of the directories there has changed since: what is made in one, moved or linked
-    there changes its ctime, which nobody can set back.
+    there changes its ctime, which nobody can set back. That is relied on once it was seen to be the same for a while, as a
+    change amid a look, or right after one, may have the same time as one before.
     """
 
     def __init__(self, directory: str) -> None:
         self._top = f"{directory}/"  # so that it is followed if it is a link itself
         self._directories: dict[str, tuple[int, ...]] = {}  # each with what tells a change; none if that is not certain
         self._owners: set[int] = set()
+        self._seen: dict[str, tuple[int, ...]] = {}  # the same, when it was looked through last
+        self._since = 0.0  # that moment, or an earlier one at which it was seen like that
 
     def may_have(self, uid: int) -> bool:
         """Whether something of that user may be there; False only if that is certain."""
@@ -40,7 +45,7 @@ class Scratch:
 
     def _look(self) -> bool:
         """Whether it could be seen whole at little cost."""
-        began = time.time_ns()
+        began = time.monotonic()
         self._directories = {}
         self._owners = set()
         directories = {self._top: _stamp(os.lstat(self._top))}
@@ -58,7 +63,9 @@ class Scratch:
                         directories[entry.path] = _stamp(info)
                         if info.st_mode & stat.S_IWOTH:
                             pending.append(entry.path)
-        if all(changed < began - _SETTLED for *_, changed in directories.values()):
+        if directories != self._seen:
+            self._seen, self._since = directories, time.monotonic()
+        elif began - self._since > _SETTLED:
             self._directories = directories
         return True
 

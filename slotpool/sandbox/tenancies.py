@@ -162,7 +162,8 @@ class TenancyMaker:
         if self._state is not None:
             self._state.release()
         self._nursery.close()
-        for _, cell in self._left:
+        while self._left:
+            _, cell = self._left.popleft()
             if cell is not None:
                 cell.destroy()
         own = self._nursery.has_failed and linux.is_child_subreaper()

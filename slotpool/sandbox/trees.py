@@ -113,7 +113,7 @@ def remove_owned(directory: str, uid: int) -> None:
     pending: list[int] = []
     budget = _MOST_ENTRIES
     try:
-        pending.append(os.open(directory, os.O_RDONLY | _DIRECTORY))
+        pending.append(os.open(directory, os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW))  # it may be a link itself, /var/tmp say
         while pending:
             fd = pending.pop()
             try:

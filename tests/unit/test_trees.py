@@ -265,5 +265,13 @@ def test_a_shared_directory_itself_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_shared_directory_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    remove_owned(str(tmp_path / "link"), os.geteuid())
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
 def test_a_shared_directory_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     remove_owned(str(tmp_path / "none"), 1001)
