@@ -106,7 +106,7 @@ def _count_looks(pool: SlotPool, count: int, reached: threading.Barrier) -> thre
             looks.acquire()
         reached.wait(60)
 
-    return threading.Thread(target=wait)
+    return threading.Thread(target=wait, daemon=True)  # a test that fails leaves it waiting
 
 
 def test_a_waiter_is_told_why(nomad: Nomad) -> None:
