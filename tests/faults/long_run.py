@@ -1,4 +1,4 @@
-"""Many leases in one process, and what its processes have meanwhile: memory, threads, descriptors, connections.
+"""Many leases in one process, and what its processes have meanwhile: memory, threads, descriptors, connections, groups.
 
     python tests/faults/long_run.py [LEASES [ISOLATION]]
 
@@ -38,6 +38,7 @@ class Sample:
     threads: int
     descriptors: int
     sockets: int
+    groups: int  # control groups in those that it has open: of the server, those of its sandboxes
 
     @classmethod
     def of(cls, pid: int) -> Sample:
@@ -48,6 +49,7 @@ class Sample:
             len(os.listdir(f"/proc/{pid}/task")),
             len(descriptors),
             sum(target.startswith("socket:") for target in descriptors),
+            sum(_directories_in(target) for target in descriptors if os.path.basename(target).startswith("slotpool-")),
         )
 
 
@@ -56,6 +58,10 @@ def _target(path: Path) -> str:
         return os.readlink(path)
     except FileNotFoundError:  # it was this listing's own, say
         return ""
+
+
+def _directories_in(path: str) -> int:
+    return sum(entry.is_dir() for entry in os.scandir(path)) if os.path.isdir(path) else 0
 
 
 def use(slot: Slot, number: int) -> None:
@@ -122,7 +128,8 @@ def main() -> None:
 
     def each(done: int, samples: dict[str, Sample]) -> None:
         told = "; ".join(
-            f"{name} {one.kilobytes} kB, {one.threads} threads, {one.descriptors} descriptors, {one.sockets} sockets"
+            f"{name} {one.kilobytes} kB, {one.threads} threads, {one.descriptors} descriptors, {one.sockets} sockets, "
+            f"{one.groups} groups"
             for name, one in samples.items()
         )
         print(f"{done} leases, {time.monotonic() - begun:.0f} s: {told}", flush=True)

@@ -7,7 +7,7 @@ from long_run import Sample
 
 LEASES, USED, PIECES = 800, 8, 8
 SLACK = 1500  # kB that the second half may add
-SPREAD = 15  # threads, descriptors or sockets more than there were at some time before: those of calls side by side
+SPREAD = 15  # threads, descriptors, sockets or groups more than there were at some time before: those of calls side by side
 
 
 def test_many_leases_in_one_process_leave_nothing() -> None:
@@ -16,6 +16,6 @@ def test_many_leases_in_one_process_leave_nothing() -> None:
     for name in told[0]:
         first, second = [[one[name] for one in half] for half in (told[1 : PIECES // 2], told[PIECES // 2 :])]
         assert min(one.kilobytes for one in second) < max(one.kilobytes for one in first) + SLACK, (name, told)
-        for kind in ("threads", "descriptors", "sockets"):
+        for kind in ("threads", "descriptors", "sockets", "groups"):
             before, after = [min(getattr(one, kind) for one in half) for half in (first, second)]
             assert after <= before + SPREAD, (name, kind, told)
