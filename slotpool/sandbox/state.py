@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -60,8 +61,10 @@ class StateDirectory:
             raise StartFailed(f"the path of the directory for workspaces is too long for a Unix socket in it: {parent}")
         self._parent = parent
         _sweep(parent)
-        with _settled(parent):
-            self.path = tempfile.mkdtemp(dir=parent, prefix=_PREFIX)
+        with _settled(parent) as fd:
+            name = f"{_PREFIX}{secrets.token_hex(4)}"
+            os.mkdir(name, 0o700, dir_fd=fd)  # not by its path, which may be another directory's again by now
+            self.path = os.path.join(parent, name)
             os.chmod(self.path, mode)
             self.lock = _lock(self.path, os.O_CREAT)
 
@@ -84,8 +87,8 @@ class StateDirectory:
 
 
 @contextlib.contextmanager
-def _settled(parent: str) -> Iterator[None]:
-    """Let no other server make a directory, or take one that is just being made for a left one.
+def _settled(parent: str) -> Iterator[int]:
+    """Let no other server make a directory, or take one that is just being made for a left one; a descriptor of the parent.
 
     :raises FileNotFoundError: the parent directory was removed.
     """
@@ -94,7 +97,7 @@ def _settled(parent: str) -> Iterator[None]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         if not os.path.samestat(os.stat(parent), os.fstat(fd)):
             raise FileNotFoundError(errno.ENOENT, "it was removed and made anew", parent)
-        yield
+        yield fd
     finally:
         os.close(fd)
 
