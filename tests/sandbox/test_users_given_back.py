@@ -163,6 +163,12 @@ def _use_one(maker: TenancyMaker) -> None:
     maker.end(maker.make(maker.isolation.default_network))
 
 
+def _is_given_back(maker: TenancyMaker, given: Given) -> bool:
+    """What is left is tried again before one more is made."""
+    _use_one(maker)
+    return given.out() == 0
+
+
 @pytest.mark.parametrize("trouble", [_no_directories, _no_place_inside, _nursery_without_descriptors])
 def test_it_is_given_back_if_no_sandbox_can_be_made(
     maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch, trouble: Any
@@ -199,11 +205,7 @@ def test_it_is_given_back_once_what_did_not_stand_in_time_is_dead(
                 maker.make(maker.isolation.default_network)
     assert given.out() == 3
 
-    def is_given_back() -> bool:
-        _use_one(maker)
-        return given.out() == 0
-
-    assert wait_until(is_given_back)
+    assert wait_until(lambda: _is_given_back(maker, given))
     assert os.listdir(maker._slots_dir) == []
 
 
@@ -239,12 +241,7 @@ def test_it_is_kept_while_a_child_of_a_killed_bubblewrap_is_left(given: Given, m
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 if os.stat(f"/proc/{pid}").st_uid == uid:
                     os.kill(int(pid), signal.SIGKILL)
-
-        def is_given_back() -> bool:
-            _use_one(maker)
-            return given.out() == 0
-
-        assert wait_until(is_given_back)
+        assert wait_until(lambda: _is_given_back(maker, given))
     finally:
         maker.close()
 
