@@ -10,11 +10,13 @@ with SlotPool() as pool:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
+TYPE_CHECKING = False  # which type checkers know; the process that makes sandboxes needs nothing else of `typing`
 if TYPE_CHECKING:
+    from typing import Any
+
     from .config import SlotPoolConfig as SlotPoolConfig
     from .errors import AcquireTimeout as AcquireTimeout
     from .errors import CommandFailed as CommandFailed

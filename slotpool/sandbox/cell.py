@@ -18,13 +18,15 @@ import struct
 import termios
 import threading
 from collections.abc import Sequence
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from ..errors import SandboxStartFailed
 from . import linux, nursery, zygote
-from .confine import Order
 from .nursery_process import NurseryProcess
 from .undertaker import Undertaker
+
+if TYPE_CHECKING:
+    from .order import Order
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
 DEATH_LIMIT = 10.0  # seconds for all its processes to die

@@ -6,8 +6,7 @@ import contextlib
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from . import linux
 

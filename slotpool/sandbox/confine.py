@@ -9,9 +9,14 @@ import os
 import resource
 import signal
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, TypedDict
 
 from . import cgroups, landlock, linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from .order import Order
 
 BWRAP_READY = b"ready"
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
@@ -22,34 +27,6 @@ _NAMESPACES = (
     ("pid", linux.CLONE_NEWPID),
     ("mnt", linux.CLONE_NEWNS),
 )
-
-
-class Landlock(TypedDict):
-    """The arguments of :func:`slotpool.sandbox.landlock.restrict`."""
-
-    read: list[str]
-    write: list[str]
-    scratch: list[str]
-    devices: list[str]
-
-
-class Order(TypedDict):
-    """What a sandbox shall be: the server's order to the nursery."""
-
-    mode: str
-    bwrap: list[str]  # mode bwrap: bubblewrap's command line, up to the payload
-    uid: int  # the user that the sandbox's processes have, seen from outside
-    gid: int
-    inner_uid: int  # and seen from inside; another one in mode bwrap only
-    inner_gid: int
-    workspace: str  # the working directory, seen from inside
-    env: dict[str, str]
-    umask: int
-    limits: dict[str, int]  # by the names of resource.RLIMIT_*
-    landlock: Landlock | None
-    killer: int  # mode user: whom the nursery is when it kills that user's processes, see kill_user
-    groups: list[str]  # control groups to be in, see cgroups.join()
-    scratch: list[str]  # mode user: shared directories to clear of the user's files at the end
 
 
 def become_user(uid: int, gid: int) -> None:

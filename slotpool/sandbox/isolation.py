@@ -7,13 +7,15 @@ import os
 import resource
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 import attr
 
 from ..errors import IsolationUnavailable, SandboxStartFailed
 from . import landlock
-from .confine import Landlock, Order
+
+if TYPE_CHECKING:
+    from .order import Landlock, Order
 
 _MAX_FILES = 16_384  # open at once, for each process of a slot
 MODES = ("bwrap", "user", "none")

@@ -13,8 +13,7 @@ import resource
 import select
 import signal
 import time
-from collections.abc import Collection, Iterator
-from typing import Callable
+from collections.abc import Callable, Collection, Iterator
 
 from . import linux
 

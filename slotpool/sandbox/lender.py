@@ -14,10 +14,13 @@ import errno
 import os
 import socket
 import struct
-from typing import Any
 
 from . import files, linux
 from .poller import Poller
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 ANSWER = struct.Struct("!i")
 COMMIT = b"c"

@@ -5,7 +5,7 @@ slot. Each sandbox's zygote is forked from here, so a slot costs a fork, not an 
 
 The first message on the control socket (``SOCK_SEQPACKET``, the first argument is its descriptor) tells what to clear up at the
 end: a JSON list of the server's directory and its control groups, with descriptors that are locks, to be held till then. Each
-further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.confine.Order`, with two descriptors, the
+further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.order.Order`, with two descriptors, the
 zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
 writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the
 namespaces that it had, for the other side to close. Until it comes that is being tried; an end of file without it says that
@@ -26,15 +26,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Collection, Sequence
-from typing import Callable, Protocol
+from collections.abc import Callable, Sequence
 
 from . import cgroups, confine, killing, linux, restraint, trees, zygote
-from .confine import Order
 from .poller import Poller
 from .relief import Relief
 from .restraint import Restraint
 from .scratch import Scratch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Union
+
+    from .order import Order
+
+    Watch = Union[Relief, Restraint]  # what looks at all sandboxes now and then
 
 DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
@@ -43,16 +49,6 @@ _REST = 10.0  # seconds until one looks again that could not
 _MOST_LOCKS = 16
 _ORDER_FDS = 2
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
-
-
-class Watch(Protocol):
-    """What looks at all sandboxes now and then."""
-
-    def look(self, users: Collection[int]) -> float:
-        """Look, and act; the seconds until the next time.
-
-        :param users: the sandboxes', one each, if this is root; else that of this process. None of those in mode ``none``.
-        """
 
 
 class Nursery:

@@ -15,7 +15,7 @@ from ..errors import SandboxStartFailed, StartFailed
 from .undertaker import Undertaker
 
 if TYPE_CHECKING:
-    from .confine import Order
+    from .order import Order
 
 
 class NurseryProcess:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Iterator
-from typing import Callable
+from collections.abc import Callable, Iterator
 
 
 class Poller:

@@ -37,12 +37,17 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Sequence
-from typing import Any, Callable, NoReturn
+from collections.abc import Callable, Sequence
 
 from . import confine, files, killing, linux
 from .lender import Lender
 from .poller import Poller
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from .order import Order
 
 # Runs in a shell that is started before its command is known. From the pipe HEAR it reads a length and a script of
 # as many characters, see framed(); that sets the positional parameter 1 to the command (and does all else that must come
@@ -97,7 +102,7 @@ def read_told(told: bytes) -> int | None:
     return int(found[1]) << 8 if found else None
 
 
-def main(control: socket.socket, order: confine.Order, enter: Callable[[], None]) -> NoReturn:
+def main(control: socket.socket, order: Order, enter: Callable[[], None]) -> NoReturn:
     """Confine this process, just forked from the nursery, and serve ``control``."""
     try:
         signal.set_wakeup_fd(-1)  # the nursery's
