@@ -190,6 +190,9 @@ class Cell:
         dead = False
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
+            if self.order["mode"] == "bwrap" and not self._has_waited:
+                # Its zygote would be killed only once the first process's memory has been given back: so have it end by itself.
+                self._control.shutdown(socket.SHUT_WR)
             meanwhile()
             self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)
             self._has_waited = True
