@@ -30,9 +30,10 @@ _HOLDING = 4  # containers without a free slot at which such requests wait at on
 
 
 class _Waiter:
-    """A caller in line. Its queue gets a tenure, or None when the pool closes."""
+    """A caller in line since ``asked``. Its queue gets a tenure, or None when the pool closes."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked: float) -> None:
+        self.asked = asked
         self.queue: queue.Queue[Tenure | None] = queue.Queue(1)
 
 
@@ -73,22 +74,21 @@ class Supply:
 
         :raises AcquireTimeout, PoolClosed:
         """
-        asked = time.monotonic()
+        waiter = _Waiter(time.monotonic())
         with self.lock:
             if not self.open:
                 raise PoolClosed("the pool has been stopped")
             self.counters.requests_num += 1
             tenure = None if self.waiters else self._pop_ready()
-            waiter = _Waiter()
             if tenure is not None:
                 self._hand_out(tenure)
             else:
                 self.waiters.append(waiter)
                 self.counters.requests_queued += 1
             self.refill()
-        return tenure if tenure is not None else self._wait(waiter, asked, timeout)
+        return tenure if tenure is not None else self._wait(waiter, timeout)
 
-    def _wait(self, waiter: _Waiter, asked: float, timeout: float) -> Tenure:
+    def _wait(self, waiter: _Waiter, timeout: float) -> Tenure:
         """Without the lock."""
         tenure: Tenure | None = None
         try:
@@ -107,8 +107,6 @@ class Supply:
             with self.lock:
                 self.counters.requests_errors += 1
             raise
-        with self.lock:
-            self.counters.requests_wait_ms += (time.monotonic() - asked) * 1000
         return tenure
 
     def _leave_line(self, waiter: _Waiter) -> Tenure | None:
@@ -179,6 +177,8 @@ class Supply:
         """A lease is there: to whoever has waited longest, else it is kept ready, or given back."""
         if self.waiters:
             self._hand_out(tenure)
+            # Here, and not by the caller: to have the lock, he would have to wait for what is done under it from here on.
+            self.counters.requests_wait_ms += (tenure.acquired_at - self.waiters[0].asked) * 1000
             self.waiters.popleft().queue.put_nowait(tenure)
         elif self.ready.qsize() < self._config.prefetch or tenure.used:
             self.ready.put_nowait(tenure)
