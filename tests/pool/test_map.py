@@ -102,7 +102,7 @@ def test_what_an_item_raises_is_raised_and_stops_the_work(pool: SlotPool) -> Non
     with pytest.raises(CommandFailed, match="exited with 3"):
         list(pool.map(fail, range(1000)))
     assert len(begun) < 1000
-    assert pool.acquired_slots == 0
+    assert wait_until(lambda: pool.acquired_slots == 0)  # a thread that waited for a slot may get one yet, and gives it back
 
 
 def test_exceptions_can_be_returned_and_the_others_go_on(pool: SlotPool) -> None:
