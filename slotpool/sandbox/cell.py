@@ -190,7 +190,7 @@ class Cell:
         dead = False
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
-            if self.order["mode"] == "bwrap" and not self._has_waited:
+            if self.order["mode"] == "bwrap" and self._control.fileno() >= 0:  # as it is the first time
                 # Its zygote would be killed only once the first process's memory has been given back: so have it end by itself.
                 self._control.shutdown(socket.SHUT_WR)
             meanwhile()

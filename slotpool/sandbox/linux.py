@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -40,8 +40,8 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _IPC_RMID = 0
 _KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x": 280}
 _KEYCTL_JOIN_SESSION_KEYRING = 1
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
-_LONG_SLICE = 4_000_000  # nanoseconds; a usual one has at most 2,800,000
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}  # sched_getattr is the next
+_SCHED_FLAG_RESET_ON_FORK = 0x01
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -143,18 +143,37 @@ class _SchedAttr(ctypes.Structure):
     ]
 
 
-def lengthen_slice(thread: int) -> None:
-    """Give a thread of SCHED_OTHER longer time slices than others, so that these take its processor when they wake up.
+def set_slice(thread: int, nanoseconds: int) -> None:
+    """Have a thread's time slices be that long, see sched_setattr(2). It keeps them if it becomes SCHED_IDLE, and hands them on
+    to what it starts, unless it has SCHED_RESET_ON_FORK. Nothing of one that is SCHED_IDLE already, or before Linux 6.12.
 
-    See sched_setattr(2). It keeps them as SCHED_IDLE, and hands them on to what it starts. Linux 6.12 on; before, and
-    where the call is not to be had, nothing.
+    :raises OSError: it has ended, or this may not be done, or is not known here.
     """
-    number = _SCHED_SETATTR.get(os.uname().machine)
-    if number is not None:
-        with contextlib.suppress(OSError):  # it has ended, is SCHED_IDLE, or a container's seccomp filter forbids it
-            nice = os.getpriority(os.PRIO_PROCESS, thread)
-            attributes = _SchedAttr(ctypes.sizeof(_SchedAttr), os.SCHED_OTHER, 0, nice, 0, _LONG_SLICE)
-            syscall(number, ctypes.c_int(thread), ctypes.byref(attributes), ctypes.c_uint(0))
+    policy = os.sched_getscheduler(thread)
+    resets = policy & os.SCHED_RESET_ON_FORK  # which only root may take from it
+    nice = os.getpriority(os.PRIO_PROCESS, thread)
+    flags = _SCHED_FLAG_RESET_ON_FORK if resets else 0
+    attributes = _SchedAttr(ctypes.sizeof(_SchedAttr), policy & ~resets, flags, nice, 0, nanoseconds)
+    syscall(_number_of(_SCHED_SETATTR), ctypes.c_int(thread), ctypes.byref(attributes), ctypes.c_uint(0))
+
+
+def slice_of(thread: int) -> int:
+    """How long a thread's time slices are, in nanoseconds, see sched_getattr(2); 0 before Linux 6.12.
+
+    :raises OSError: it has ended, or this may not be asked, or is not known here.
+    """
+    attributes = _SchedAttr()
+    size = ctypes.c_uint(ctypes.sizeof(attributes))
+    syscall(_number_of(_SCHED_SETATTR) + 1, ctypes.c_int(thread), ctypes.byref(attributes), size, ctypes.c_uint(0))
+    return int(attributes.runtime)
+
+
+def _number_of(numbers: Mapping[str, int]) -> int:
+    """Of a system call that has another number on each architecture."""
+    try:
+        return numbers[os.uname().machine]
+    except KeyError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
 
 
 def setns(fd: int, kind: int) -> None:

@@ -30,6 +30,6 @@ class Order(TypedDict):
     umask: int
     limits: dict[str, int]  # by the names of resource.RLIMIT_*
     landlock: Landlock | None
-    killer: int  # mode user: whom the nursery is when it kills that user's processes, see kill_user
+    killer: int  # mode user: whom the nursery is when it kills that user's processes, see confine.kill_user
     groups: list[str]  # control groups to be in, see cgroups.join()
     scratch: list[str]  # mode user: shared directories to clear of the user's files at the end

@@ -1,6 +1,6 @@
 """The process inside a slot that starts its commands. Standard library alone.
 
-A zygote is forked from the nursery, already confined, and serves one sandbox until it is killed. It is single-threaded
+A zygote is forked from the nursery, already confined, and serves one sandbox until that ends. It is single-threaded
 and trusts its control socket; nobody has to trust *it*, as its user's other processes run beside it.
 
 On the control socket (``SOCK_SEQPACKET``) each message starts one *call*: a JSON object and the call's descriptors, in
@@ -194,7 +194,7 @@ class Zygote:
     def _start(self) -> None:
         message, fds = linux.receive(self._control, 65536, 8)
         if not message:
-            os._exit(0)  # the server is gone; the nursery sees to the rest
+            os._exit(0)  # the lease, or the server, has ended; the nursery sees to the rest
         order: dict[str, Any] = json.loads(message)
         named = dict(zip(order["fds"], fds))
         sock = socket.socket(fileno=named.pop("call"))

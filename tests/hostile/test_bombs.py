@@ -57,6 +57,23 @@ for _ in range(64):
                 pass
 os.wait()
 """
+IDLE = """
+import os
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # so that it keeps the time slices that others have too
+for _ in range(64):
+    if not os.fork():
+        while 1: pass
+os.wait()
+"""
+RESETTING = """
+import os
+os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+for _ in range(64):
+    if not os.fork():
+        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        while 1: os.sched_setaffinity(0, range(os.cpu_count()))
+os.wait()
+"""
 NAMED = r"""
 import ctypes, os
 libc = ctypes.CDLL(None)
@@ -119,17 +136,21 @@ HOGS = [
     bomb("CPU hog that is hard to read", "exec python3 -c '" + NAMED + "'"),
     bomb("CPU hog in threads", "exec python3 -c '" + THREADS + "'"),
 ]
-UNRESTRAINED = bomb("CPU hog that takes its restraint off", "exec python3 -c '" + UNRESTRAINING + "'")
+UNRESTRAINED = [
+    bomb("CPU hog that takes its restraint off", "exec python3 -c '" + UNRESTRAINING + "'"),
+    bomb("CPU hog that is idle by its own choice", "exec python3 -c '" + IDLE + "'"),
+    bomb("CPU hog that resets its policy on fork", "exec python3 -c '" + RESETTING + "'"),
+]
 
 
 @pytest.mark.parametrize("mode", ["docker"])
-@pytest.mark.parametrize("command", [*HOGS, UNRESTRAINED])
+@pytest.mark.parametrize("command", [*HOGS, *UNRESTRAINED])
 def test_so_it_does_without_control_groups(contained: Standing, mode: str, command: str, figure: Figure) -> None:
     compare(contained(mode), command, figure, longer=3)
 
 
 @pytest.mark.parametrize("mode", ["bwrap-as-user"])
-@pytest.mark.parametrize("command", [*HOGS, UNRESTRAINED])
+@pytest.mark.parametrize("command", [*HOGS, *UNRESTRAINED])
 def test_so_it_does_where_an_ordinary_user_has_none(contained: Standing, mode: str, command: str, figure: Figure) -> None:
     compare(contained(mode), command, figure, longer=3)
 

@@ -212,3 +212,19 @@ def test_nothing_kept_is_out_of_date_whatever_happens(seed: int) -> None:
         for container in supply.containers.values():
             container.retry_at = 0.0
         world.check()
+
+
+def test_how_long_callers_waited_is_counted_for_each() -> None:
+    world = World()
+    began = time.monotonic()
+    callers = [world.caller() for _ in range(2)]
+    in_line = time.monotonic()
+    world.add(0)
+    delivered = time.monotonic()
+    world.work.do_all()
+    for thread, _ in callers:
+        thread.join(30)
+    ended = time.monotonic()
+    assert all(got for _, got in callers)
+    assert 2 * (delivered - in_line) * 1000 <= world.supply.counters.requests_wait_ms <= 2 * (ended - began) * 1000
+    assert world.supply.counters.requests_queued == 2
