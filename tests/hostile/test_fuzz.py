@@ -512,7 +512,7 @@ def _meet(
     greeting: tuple[bytes, int] | None, calls: list[tuple[str, list[Any], list[Any]]], end: tuple[bytes, int] | None
 ) -> str:
     """One sandbox from the server's side, from its start to its end."""
-    order: Any = {"uid": os.geteuid(), "gid": os.getegid()}
+    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
     with contextlib.ExitStack() as stack:
         control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -86,6 +86,10 @@ def test_differences_are_told_field_by_field() -> None:
             {
                 "Type": "Edited",
                 "Name": "sandbox",
+                "Fields": [
+                    {"Type": "Edited", "Name": "Count", "Old": "2", "New": "1"},  # by who shares the job, just now
+                    {"Type": "Added", "Name": "Count2", "Old": "", "New": "1"},
+                ],
                 "Tasks": [
                     {
                         "Type": "Edited",
@@ -106,6 +110,7 @@ def test_differences_are_told_field_by_field() -> None:
     }
     assert differences(diff) == [
         "Priority: 50 -> 60",
+        "TaskGroup sandbox.Count2: (nothing) -> 1",
         "TaskGroup sandbox.Task sandbox-server.Config.x: (nothing) -> 1",
     ]
     assert differences({"Type": "None", "Fields": [{"Type": "None", "Name": "a"}]}) == []

@@ -167,13 +167,16 @@ def _arguments(config: SlotPoolConfig, host: str, port: str) -> list[str]:
 
 
 def differences(diff: Mapping[str, Any]) -> list[str]:
-    """What a plan (``Diff`` of ``POST /v1/job/ID/plan``) would change, a line for each field: ``where: standing -> wanted``."""
+    """What a plan (``Diff`` of ``POST /v1/job/ID/plan``) would change, a line for each field: ``where: standing -> wanted``.
+
+    The count of containers is none: it is planned as it stood, and who else shares the job may have scaled it since.
+    """
     return list(_walk(diff, ""))
 
 
 def _walk(diff: Mapping[str, Any], where: str) -> Iterator[str]:
     for field in diff.get("Fields") or ():
-        if field.get("Type") != "None":
+        if field.get("Type") != "None" and not (field["Name"] == "Count" and where == f"TaskGroup {GROUP}."):
             old, new = field.get("Old") or "(nothing)", field.get("New") or "(nothing)"
             yield f"{where}{field['Name']}: {old} -> {new}"
     for kind in ("Objects", "TaskGroups", "Tasks"):
