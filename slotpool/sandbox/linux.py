@@ -63,11 +63,19 @@ def _failed(call: str) -> OSError:
 
 
 def syscall(number: int, *args: object) -> int:
-    """Make system call ``number``; for those that are the same number on every architecture."""
+    """Make system call ``number``; of most new ones that is the same on every architecture, else see :func:`_number_of`."""
     result = int(_libc.syscall(ctypes.c_long(number), *args))
     if result < 0:
         raise _failed(f"syscall {number}")
     return result
+
+
+def _number_of(numbers: Mapping[str, int]) -> int:
+    """Of a system call that has another number on each architecture."""
+    try:
+        return numbers[os.uname().machine]
+    except KeyError:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
@@ -168,14 +176,6 @@ def slice_of(thread: int) -> int:
     return int(attributes.runtime)
 
 
-def _number_of(numbers: Mapping[str, int]) -> int:
-    """Of a system call that has another number on each architecture."""
-    try:
-        return numbers[os.uname().machine]
-    except KeyError:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-
-
 def setns(fd: int, kind: int) -> None:
     if _libc.setns(fd, kind) < 0:
         raise _failed("setns")
@@ -194,12 +194,8 @@ def leave_session_keyring() -> None:
 
     Nothing where the call is not to be had, as a container's seccomp filter forbids it: then slots can't use it either.
     """
-    number = _KEYCTL.get(os.uname().machine)
-    if number is not None:
-        try:
-            syscall(number, ctypes.c_int(_KEYCTL_JOIN_SESSION_KEYRING), None)
-        except OSError:
-            pass
+    with contextlib.suppress(OSError):
+        syscall(_number_of(_KEYCTL), ctypes.c_int(_KEYCTL_JOIN_SESSION_KEYRING), None)
 
 
 def drop_capabilities() -> None:

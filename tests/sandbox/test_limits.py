@@ -18,7 +18,7 @@ import pytest
 from arena import family
 from conftest import ORDINARY_USER, PACKAGE, ROOT, Server, StartServer, can_run, wait_until
 
-from slotpool.sandbox import cgroups
+from slotpool.sandbox import cgroups, linux
 
 MODES = ["bwrap", "user", "bwrap-as-user"]
 KINDS = {"processes", "open_files", "memory", "cpu", "cpu_share", "file_size", "disk", "wall_time"}
@@ -238,9 +238,8 @@ print(*policies, sorted({slice_of(pid) for pid in children}))
 for pid in children: os.kill(pid, signal.SIGKILL)
 """
     )
-    slices: dict[str, Any] = {}
-    exec(SLICE + "usual = slice_of(0)", slices)
-    slices["long"] = 4_000_000 if slices["usual"] else 0
+    usual = linux.slice_of(0)
+    long = 4_000_000 if usual else 0
     processors = len(os.sched_getaffinity(0))
     half = processors - processors // 2
     more: dict[str, Any] = {"user": ORDINARY_USER, "group": "nogroup", "extra_groups": []} if ROOT else {}
@@ -253,10 +252,10 @@ for pid in children: os.kill(pid, signal.SIGKILL)
         looks = thread.submit(server.bash, few, "exec python3 - 2", stdin=busy)
         assert wait_until(lambda: "begun" in server.bash(few, "ls")["stdout"])
         restrained = server.bash(many, f"exec python3 - {5 * processors}", stdin=busy)["stdout"]
-        assert restrained == f"(True, {half}) [{slices['long']}]\n"
+        assert restrained == f"(True, {half}) [{long}]\n"
         assert {os.sched_getscheduler(pid) for one in bystanders for pid in family(one.pid)} == {os.sched_getscheduler(0)}
         server.bash(few, "touch end")
-        assert looks.result()["stdout"] == f"(False, {processors}) [{slices['usual']}]\n"
+        assert looks.result()["stdout"] == f"(False, {processors}) [{usual}]\n"
     assert server.bash(many, POLICIES)["stdout"] == f"{os.SCHED_IDLE} {os.SCHED_IDLE}\n"  # and so are later commands
 
 
