@@ -25,6 +25,7 @@ from slotpool.sandbox.killing import children
 
 LEEWAY = 8 << 20  # bytes of memory that a server may still take when it is short of it
 DESCRIPTORS = 3  # that it may still open when it is short of them
+_AGAIN = 0.01  # seconds until what could not be undone is tried again
 
 Undo = Callable[[], None]
 
@@ -207,19 +208,23 @@ class Faults:
         return server.name
 
     def _limit(self, pid: int, what: int, soft: int) -> None:
-        process = _Process(pid)
         before, hard = resource.prlimit(pid, what)
         if before != hard:  # it is short of that already
-            process.close()
             raise ProcessLookupError
-        resource.prlimit(pid, what, (soft, hard))
+        process = _Process(pid)
 
         def relax() -> None:
-            with contextlib.suppress(ProcessLookupError), contextlib.closing(process):
-                process.send(0)
-                resource.prlimit(pid, what, (before, hard))
+            try:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send(0)
+                    resource.prlimit(pid, what, (before, hard))
+            except PermissionError:  # without CAP_SYS_RESOURCE, while a nursery has a slot's user ids to kill all of them
+                self._later(_AGAIN, relax)
+            else:
+                process.close()
 
         self._later(self._random.uniform(0.1, 1.5), relax)
+        resource.prlimit(pid, what, (soft, hard))
 
 
 # How often each is done, one to the other.
