@@ -94,12 +94,15 @@ def exec_bwrap(order: Order, stdin: int, stdout: int, info: Sequence[int]) -> No
 
 
 def enter_namespaces(pid: int, order: Order) -> None:
-    """Join the namespaces of process ``pid`` and take the sandbox's user; returns in a child of the caller."""
+    """Join the namespaces of process ``pid`` and take the sandbox's user; returns in a child of the caller, unless that is in
+    the PID namespace already, see :func:`forking_into`.
+    """
     if os.geteuid() == 0:
         os.setgroups([])  # not allowed any more once inside
     user = _namespace(pid, "user")
     # One that is ours already, the network where it is shared, can't be joined from within the new user namespace.
     others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES if not _shared(pid, name)]
+    is_inside = _shared(pid, "pid")
     # Bubblewrap mounts devpts as one user and then goes on as another, in a user namespace below the one that owns all else.
     owner = fcntl.ioctl(others[-1][0], _NS_GET_USERNS)
     linux.setns(owner, linux.CLONE_NEWUSER)
@@ -110,9 +113,31 @@ def enter_namespaces(pid: int, order: Order) -> None:
         linux.setns(user, linux.CLONE_NEWUSER)
     for fd in (user, owner, *(fd for fd, _ in others)):
         os.close(fd)
-    if os.fork():  # only children are in the new PID namespace
+    if not is_inside and os.fork():  # only children are in the new PID namespace
         os._exit(0)
     become_user(order["inner_uid"], order["inner_gid"])
+
+
+@contextlib.contextmanager
+def forking_into(pid: int) -> Iterator[None]:
+    """Have children of this process be in the PID namespace of process ``pid``, which spares each a fork of its own.
+
+    Nothing unless as root: others may not come back.
+    """
+    if os.geteuid() != 0:
+        yield
+        return
+    ours, theirs = _namespace(os.getpid(), "pid"), _namespace(pid, "pid")
+    try:
+        linux.setns(theirs, linux.CLONE_NEWPID)
+        yield
+    finally:
+        try:
+            linux.setns(ours, linux.CLONE_NEWPID)
+        except BaseException:
+            os._exit(1)  # all that this process would make from here on would be in that sandbox
+        os.close(ours)
+        os.close(theirs)
 
 
 def _namespace(pid: int, name: str) -> int:

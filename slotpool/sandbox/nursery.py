@@ -416,7 +416,8 @@ class BwrapSandbox(Sandbox):
             self.fail(self._said.decode("utf-8", "replace").strip() or "bubblewrap ended without a word")
 
     def _fork_into(self) -> None:
-        self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
+        with confine.forking_into(self._first_pid):
+            self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
 
     def _close(self, fd: int) -> None:
         self.nursery.unwatch(fd)
