@@ -190,8 +190,8 @@ class Cell:
         dead = False
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
-            if self.order["mode"] == "bwrap" and self._control.fileno() >= 0:  # as it is the first time
-                # Its zygote would be killed only once the first process's memory has been given back: so have it end by itself.
+            if self.order["mode"] != "none" and self._control.fileno() >= 0:  # as it is the first time
+                # Its zygote's death takes the longest, and the nursery does not come to it at once: so have it end by itself.
                 self._control.shutdown(socket.SHUT_WR)
             meanwhile()
             self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)
