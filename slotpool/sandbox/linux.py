@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_prctl = _libc["prctl"]  # a function of its own, as the option decides on the others' types
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -87,8 +89,7 @@ def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
 
 
 def prctl(option: int, value: int) -> None:
-    zero = ctypes.c_ulong(0)
-    if _libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero) < 0:
+    if _prctl(option, value, 0, 0, 0) < 0:
         raise _failed(f"prctl {option}")
 
 
@@ -189,6 +190,9 @@ class _CapData(ctypes.Structure):
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
 
 
+_CapWords = _CapData * 2
+
+
 def leave_session_keyring() -> None:
     """Begin a new, empty session keyring: the inherited one is shared by all that descend from the login or service.
 
@@ -206,7 +210,7 @@ def drop_capabilities() -> None:
         except OSError:  # the last capability is passed (EINVAL), or there is no CAP_SETPCAP to give up (EPERM)
             break
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
-    data = (_CapData * 2)()
+    data = _CapWords()
     if _libc.capset(ctypes.byref(header), data) < 0:
         raise _failed("capset")
 
@@ -214,7 +218,7 @@ def drop_capabilities() -> None:
 def effective_capabilities() -> int:
     """A bit for each of the first 64 that this process has in effect."""
     header = _CapHeader(_CAPABILITY_VERSION_3, 0)
-    data = (_CapData * 2)()
+    data = _CapWords()
     if _libc.capget(ctypes.byref(header), data) < 0:
         raise _failed("capget")
     return int(data[0].effective) | int(data[1].effective) << 32
