@@ -119,10 +119,6 @@ class App:
         start_response(response.status, response.headers)
         return response
 
-    def _restock(self) -> None:
-        """Soon, but not at once: whoever gets the answer was likely woken on this processor, and would wait behind it."""
-        self._host.warmer.take(self._host.restock)
-
     def _route(self, environ: WSGIEnvironment) -> Response:
         kept: dict[str, Any] = environ.get(KEPT, {})
         act = kept.get("act")
@@ -192,7 +188,7 @@ class App:
         owner, ttl, take = _string(body, "owner"), _number(body, "ttl", 0.1, MAX_TTL), _count(body, "take")
         release = _strings(body, "release")
         answer = self._held(body, lambda wait: self._host.lease(owner, ttl, take, release, wait))
-        return _json(200, answer, self._restock if answer["leases"] else None)
+        return _json(200, answer, self._host.restock if answer["leases"] else None)
 
     def _renew(self, environ: WSGIEnvironment) -> Response:
         body = _object(environ, "tokens")
@@ -227,7 +223,7 @@ class App:
         network = _object(environ, "network").get("network")
         if not isinstance(network, (bool, type(None))):
             raise protocol.invalid("network", "a boolean or null", network)
-        return _json(200, {"network": self._host.reset(slot, lease, network)}, self._restock)
+        return _json(200, {"network": self._host.reset(slot, lease, network)}, self._host.restock)
 
     def _read_file(self, environ: WSGIEnvironment, slot: str, lease: str) -> Response:
         reading = transfer.read(self._host, slot, lease, _path(environ))

@@ -108,8 +108,11 @@ class Host:
 
     def restock(self) -> None:
         """Have spares made, if there are too few then. Once a slot was taken, and not sooner: it is in the way of who waits for
-        that one.
+        that one. Nor at once: who gets the answer was likely woken on this processor, and would wait behind it.
         """
+        self.warmer.take(self._restock)
+
+    def _restock(self) -> None:
         with self._lock:
             self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
             while not self._closing and len(self._spares) < self._stock:  # while it closes, the cleaners may have ended

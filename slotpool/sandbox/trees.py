@@ -23,7 +23,10 @@ def remove_tree(path: str) -> None:
     :raises OSError: if something can't be removed.
     """
     path = path.rstrip("/")
-    parent = os.open(os.path.dirname(path) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
+    try:
+        parent = os.open(os.path.dirname(path) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
     try:
         _remove(os.path.basename(path), parent)
     finally:

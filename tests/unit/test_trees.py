@@ -275,3 +275,8 @@ def test_a_shared_directory_may_be_a_link(tmp_path: Path) -> None:
 
 def test_a_shared_directory_that_is_not_there_is_no_error(tmp_path: Path) -> None:
     remove_owned(str(tmp_path / "none"), 1001)
+
+
+def test_what_has_gone_with_its_parent_directory_is_no_error(place: Path) -> None:
+    remove_tree(str(place / "gone" / "a"))
+    assert list(place.iterdir()) == []
