@@ -191,7 +191,7 @@ class Cell:
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
             if self.order["mode"] != "none" and self._control.fileno() >= 0:  # as it is the first time
-                # Its zygote's death takes the longest, and the nursery does not come to it at once: so have it end by itself.
+                # Its zygote's death takes as long as all others', and the nursery comes to it only later: so it ends by itself.
                 self._control.shutdown(socket.SHUT_WR)
             meanwhile()
             self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)

@@ -49,7 +49,7 @@ def join_groups(order: Order) -> None:
 
 def settle(order: Order) -> None:
     """The last steps, once the process has its user and namespaces: no way back, limits, Landlock, the directory."""
-    if order["mode"] != "bwrap":  # there the zygote dies with its PID namespace, and its parent is gone by design
+    if order["mode"] != "bwrap":  # there the zygote dies with its PID namespace, and its parent may be gone by design
         linux.set_parent_death_signal(signal.SIGKILL)
     if order["mode"] != "none":
         linux.drop_capabilities()
@@ -122,22 +122,25 @@ def enter_namespaces(pid: int, order: Order) -> None:
 def forking_into(pid: int) -> Iterator[None]:
     """Have children of this process be in the PID namespace of process ``pid``, which spares each a fork of its own.
 
-    Nothing unless as root: others may not come back.
+    Nothing where this process could not come back, as an ordinary user's or one without CAP_SYS_ADMIN, or can't go there.
     """
-    if os.geteuid() != 0:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, ours)
+            linux.setns(ours, linux.CLONE_NEWPID)  # changes nothing, but fails if it would later
+            theirs = _namespace(pid, "pid")
+            stack.callback(os.close, theirs)
+            linux.setns(theirs, linux.CLONE_NEWPID)
+            stack.callback(_fork_here_again, ours)
         yield
-        return
-    ours, theirs = _namespace(os.getpid(), "pid"), _namespace(pid, "pid")
+
+
+def _fork_here_again(ours: int) -> None:
     try:
-        linux.setns(theirs, linux.CLONE_NEWPID)
-        yield
-    finally:
-        try:
-            linux.setns(ours, linux.CLONE_NEWPID)
-        except BaseException:
-            os._exit(1)  # all that this process would make from here on would be in that sandbox
-        os.close(ours)
-        os.close(theirs)
+        linux.setns(ours, linux.CLONE_NEWPID)
+    except BaseException:
+        os._exit(1)  # all that this process would make from here on would be in that sandbox
 
 
 def _namespace(pid: int, name: str) -> int:

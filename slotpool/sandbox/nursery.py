@@ -46,6 +46,7 @@ DEAD = b"dead"
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
 _AGAIN = 1.0  # seconds until what could not be killed, or cleared up, is tried again
 _REST = 10.0  # seconds until one looks again that could not
+_MOST_ENDED = 100  # children that are waited for before others have their turn
 _MOST_LOCKS = 16
 _ORDER_FDS = 2
 _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server is gone
@@ -128,8 +129,11 @@ class Nursery:
 
     def _reap(self, wake: socket.socket) -> None:
         wake.recv(4096)
+        self._wait_for_ended()
+
+    def _wait_for_ended(self) -> None:
         calls: dict[int, Callable[[], None]] = {}
-        while True:
+        for _ in range(_MOST_ENDED):
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
             except ChildProcessError:
@@ -141,6 +145,8 @@ class Nursery:
                 _guarded(functools.partial(exited, ended.si_code == os.CLD_EXITED and ended.si_status == 0))
             if ended.si_uid in self.bereaved:
                 calls[ended.si_uid] = self.bereaved[ended.si_uid]
+        else:  # a slot that has killed its zygote may make them as fast as they are waited for
+            self.later(self._wait_for_ended, 0.0)
         for call in calls.values():
             _guarded(call)
 
