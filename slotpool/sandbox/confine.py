@@ -8,7 +8,7 @@ import fcntl
 import os
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from . import cgroups, landlock, linux
 
@@ -102,7 +102,7 @@ def enter_namespaces(pid: int, order: Order) -> None:
     user = _namespace(pid, "user")
     # One that is ours already, the network where it is shared, can't be joined from within the new user namespace.
     others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES if not _shared(pid, name)]
-    is_inside = _shared(pid, "pid")
+    is_inside = linux.CLONE_NEWPID not in [kind for _, kind in others]
     # Bubblewrap mounts devpts as one user and then goes on as another, in a user namespace below the one that owns all else.
     owner = fcntl.ioctl(others[-1][0], _NS_GET_USERNS)
     linux.setns(owner, linux.CLONE_NEWUSER)
@@ -126,24 +126,17 @@ def forking_into(pid: int) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            ours = _namespace("self", "pid")
             stack.callback(os.close, ours)
             linux.setns(ours, linux.CLONE_NEWPID)  # changes nothing, but fails if it would later
             theirs = _namespace(pid, "pid")
             stack.callback(os.close, theirs)
             linux.setns(theirs, linux.CLONE_NEWPID)
-            stack.callback(_fork_here_again, ours)
+            stack.callback(_come_back, linux.setns, ours, linux.CLONE_NEWPID)
         yield
 
 
-def _fork_here_again(ours: int) -> None:
-    try:
-        linux.setns(ours, linux.CLONE_NEWPID)
-    except BaseException:
-        os._exit(1)  # all that this process would make from here on would be in that sandbox
-
-
-def _namespace(pid: int, name: str) -> int:
+def _namespace(pid: int | str, name: str) -> int:
     return os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -199,10 +192,15 @@ def as_user(uid: int, real: int) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
-            os.setresuid(0, 0, 0)
-        except BaseException:
-            os._exit(1)  # nothing that this process does from here on would be what it is meant to be
+        _come_back(os.setresuid, 0, 0, 0)
+
+
+def _come_back(way: Callable[..., None], *args: int) -> None:
+    """Be again what this process is meant to be, or end it, as nothing that it did from here on would be right."""
+    try:
+        way(*args)
+    except BaseException:
+        os._exit(1)
 
 
 def has_processes(uid: int) -> bool:

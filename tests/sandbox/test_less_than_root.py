@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
+from conftest import ROOT
 
-ROOT = os.geteuid() == 0
 CLONE_NEWUSER = 0x10000000  # unshare(2)
 
 USE = """
@@ -39,9 +39,10 @@ def test_root_that_is_no_administrator_makes_do_with_users() -> None:
 
 @pytest.mark.skipif(not ROOT, reason="maps ids of root's")
 def test_root_of_a_user_namespace_that_has_no_pid_namespace_of_its_own_has_bwrap() -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", IN_NAMESPACE], text=True, **pipes) as used:  # type: ignore[call-overload]
+    command = [sys.executable, "-c", IN_NAMESPACE]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as used:
         try:
+            assert used.stdout is not None
             assert used.stdout.readline() == "there\n"
             for name in ("uid_map", "gid_map"):
                 _, _, count = Path(f"/proc/self/{name}").read_text().split()[:3]
