@@ -178,6 +178,17 @@ def join(files: Sequence[str]) -> None:
         _write(path, "0")
 
 
+def members(file: str) -> set[int]:
+    """The processes in the group that ``file`` is to be written to for, see :meth:`Groups.make`; not those that are dead.
+
+    :raises OSError: they can't be told.
+    """
+    listed = set(map(int, linux.read(f"{os.path.dirname(file)}/cgroup.procs").split()))
+    if 0 in listed:
+        raise OSError(errno.EXDEV, f"{file}: processes of another PID namespace are in it")
+    return listed
+
+
 def remove_all(root: str) -> None:
     """Remove a server's directory of groups. What is in them must be dead, or about to be."""
     deadline = time.monotonic() + _REMOVAL_LIMIT

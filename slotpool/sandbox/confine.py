@@ -167,22 +167,42 @@ def _forbid_user_namespaces() -> None:
         pass
 
 
-def kill_user(uid: int, killer: int) -> None:
-    """Kill all processes of user ``uid``, in one moment. As root, in a process without threads.
+def kill_user(uid: int, killer: int, groups: Sequence[str]) -> None:
+    """Kill all processes of user ``uid``. As root, in a process without threads.
 
-    A kill(2) of -1 reaches whatever its caller may signal, and what has the signal pending can't fork. So for that moment this
-    process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so that it may signal
-    nobody else, and those that it kills may not signal it.
+    Each that their control group lists; or, if that can't be known, or they have become more meanwhile, by one kill(2) of -1:
+    that reaches whatever its caller may signal, and what has the signal pending can't fork. But it looks at every process of
+    the machine, which was 39 % of what it took to end a thousand slots.
 
+    For that moment this process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so
+    that it may signal nobody else, and those that it kills may not signal it.
+
+    :param groups: the files to join their groups; may be none.
     :raises OSError: it has not been done.
     """
     with as_user(uid, killer):
         if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
             raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
-        try:
-            os.kill(-1, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # there is none
-            pass
+        if not groups or not _kill_members(groups[0]):
+            _kill(-1)
+
+
+def _kill_members(group: str) -> bool:
+    """Whether all that were in it were killed, and no more have come."""
+    try:
+        members = cgroups.members(group)
+        for pid in members:
+            _kill(pid)
+        return cgroups.members(group) <= members
+    except OSError:
+        return False
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # there is none
+        pass
 
 
 @contextlib.contextmanager

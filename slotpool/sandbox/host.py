@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _MOST_SPARES = 2
 _MOST_PAUSE = 600.0  # seconds until a quarantined slot is tried again; the first pause is HostConfig.quarantine
-_CLEANERS = 8  # threads that make slots ready
+_ENDERS = 8  # threads that end what was in slots
+_MAKERS = 8  # threads that make sandboxes
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ETOOMANYREFS)
 
 
@@ -70,15 +71,31 @@ class Host:
         self._waiting = 0  # leases that requests wait for
         self._closing = False
         self.warmer = Warmer()
-        self._cleaners = ThreadPoolExecutor(_CLEANERS, "slotpool-clean")
+        # Apart, so that none of what is to be ended goes on until sandboxes were made for all that ended before it.
+        self._enders = ThreadPoolExecutor(_ENDERS, "slotpool-end")
+        self._makers = ThreadPoolExecutor(_MAKERS, "slotpool-make")
         for name in names:
-            self._cleaners.submit(self._make_ready, name)
+            self._makers.submit(self._prepare, name, time.monotonic())
         self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
         self._reaper.start()
 
-    def _make_ready(self, slot: str) -> None:
-        """End what was in ``slot``, make sure of it, and prepare it for the next lease."""
+    def _clean(self, slots: Iterable[str]) -> None:
+        for slot in slots:
+            self._enders.submit(self._end_first, slot)
+
+    def _end_first(self, slot: str) -> None:
         began = time.monotonic()
+        if self._end(slot, began):
+            self._makers.submit(self._prepare, slot, began, had_one=True)
+
+    def _make_ready(self, slot: str) -> None:
+        """End what was in ``slot`` and prepare it for the next lease, in this thread."""
+        began = time.monotonic()
+        if self._end(slot, began):
+            self._prepare(slot, began, had_one=True)
+
+    def _end(self, slot: str, began: float) -> bool:
+        """End what was in ``slot``, and make sure of it; whether that could be done."""
         try:
             with self._lock:
                 old = self._tenancies.get(slot)
@@ -86,24 +103,35 @@ class Host:
                 self._maker.end(old)
                 with self._lock:
                     del self._tenancies[slot]
-            tenancy = (self._take_spare() if old is not None else None) or self._make_with_patience()
-            if tenancy is None:
-                return
         except Exception as e:
-            log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed), extra={"slot": slot})
-            self.tally.cleaned(time.monotonic() - began, failed=True)
-            with self._lock:
-                self._table.quarantine(slot, str(e))
-                pause = self._pauses.get(slot, self.config.quarantine)
-                self._retries[slot] = time.monotonic() + pause
-                self._pauses[slot] = min(2 * pause, _MOST_PAUSE)
-                self._changed.notify_all()
+            self._quarantine(slot, began, e)
+            return False
+        return True
+
+    def _prepare(self, slot: str, began: float, had_one: bool = False) -> None:
+        """Give ``slot``, which is empty, what the next lease needs."""
+        try:
+            tenancy = (self._take_spare() if had_one else None) or self._make_with_patience()
+        except Exception as e:
+            self._quarantine(slot, began, e)
+            return
+        if tenancy is None:
             return
         self.tally.cleaned(time.monotonic() - began, failed=False)
         with self._lock:
             self._tenancies[slot] = tenancy
             self._pauses.pop(slot, None)
             self._table.ready(slot)
+            self._changed.notify_all()
+
+    def _quarantine(self, slot: str, began: float, e: Exception) -> None:
+        log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed), extra={"slot": slot})
+        self.tally.cleaned(time.monotonic() - began, failed=True)
+        with self._lock:
+            self._table.quarantine(slot, str(e))
+            pause = self._pauses.get(slot, self.config.quarantine)
+            self._retries[slot] = time.monotonic() + pause
+            self._pauses[slot] = min(2 * pause, _MOST_PAUSE)
             self._changed.notify_all()
 
     def restock(self) -> None:
@@ -117,7 +145,7 @@ class Host:
             self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
             while not self._closing and len(self._spares) < self._stock:  # while it closes, the cleaners may have ended
                 self._spares.append(Future())
-                self._cleaners.submit(self._make_spare, self._spares[-1])
+                self._makers.submit(self._make_spare, self._spares[-1])
 
     def _take_spare(self) -> Tenancy | None:
         with self._lock:
@@ -204,10 +232,6 @@ class Host:
     def _refuse_if_closing(self) -> None:
         if self._closing:
             raise RequestFailed("closing", "the server is shutting down")
-
-    def _clean(self, slots: Iterable[str]) -> None:
-        for slot in slots:
-            self._cleaners.submit(self._make_ready, slot)
 
     def renew(self, tokens: Sequence[str]) -> protocol.RenewAnswer:
         """Renew leases."""
@@ -420,7 +444,8 @@ class Host:
         for tenancy in tenancies:
             tenancy.cell.destroy()
         self._reaper.join()
-        self._cleaners.shutdown()
+        self._enders.shutdown()
+        self._makers.shutdown()
         with self._lock:
             self._changed.wait_for(lambda: not self._cleaning)
         self.warmer.stop()

@@ -305,10 +305,11 @@ class UserSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
+        groups = () if self._dying else self.order["groups"]  # what is left after the first time may be in none of them
         self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
         try:
-            confine.kill_user(self.order["uid"], self.order["killer"])
+            confine.kill_user(self.order["uid"], self.order["killer"], groups)
         except OSError as e:
             linux.complain(f"can't end a sandbox now, trying again: {e}")
         # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.

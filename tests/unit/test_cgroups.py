@@ -117,3 +117,16 @@ def test_none_is_limited_that_may_have_the_whole_machine(monkeypatch: pytest.Mon
     assert cgroups.limited_memory() is None
     place(monkeypatch, "", "")
     assert cgroups.limited_memory() is None
+
+
+def test_who_is_in_a_group_is_told_or_nothing(tmp_path: Path) -> None:
+    file = str(tmp_path / "tasks")
+    with pytest.raises(FileNotFoundError):
+        cgroups.members(file)
+    (tmp_path / "cgroup.procs").write_text("")
+    assert cgroups.members(file) == set()
+    (tmp_path / "cgroup.procs").write_text("17\n4\n")
+    assert cgroups.members(file) == {4, 17}
+    (tmp_path / "cgroup.procs").write_text("0\n17\n")
+    with pytest.raises(OSError, match="another PID namespace"):
+        cgroups.members(file)
