@@ -179,7 +179,7 @@ def join(files: Sequence[str]) -> None:
 
 
 def members(file: str) -> set[int]:
-    """The processes in the group that ``file`` is to be written to for, see :meth:`Groups.make`; not those that are dead.
+    """The processes in the group that is joined by ``file``, see :meth:`Groups.make`, without those that are dead.
 
     :raises OSError: they can't be told.
     """

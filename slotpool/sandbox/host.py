@@ -75,7 +75,7 @@ class Host:
         self._enders = ThreadPoolExecutor(_ENDERS, "slotpool-end")
         self._makers = ThreadPoolExecutor(_MAKERS, "slotpool-make")
         for name in names:
-            self._makers.submit(self._prepare, name, time.monotonic())
+            self._makers.submit(self._prepare, name)
         self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
         self._reaper.start()
 
@@ -84,18 +84,19 @@ class Host:
             self._enders.submit(self._end_first, slot)
 
     def _end_first(self, slot: str) -> None:
-        began = time.monotonic()
-        if self._end(slot, began):
-            self._makers.submit(self._prepare, slot, began, had_one=True)
+        spent = self._end(slot)
+        if spent is not None:
+            self._makers.submit(self._prepare, slot, spent, from_stock=True)
 
     def _make_ready(self, slot: str) -> None:
         """End what was in ``slot`` and prepare it for the next lease, in this thread."""
-        began = time.monotonic()
-        if self._end(slot, began):
-            self._prepare(slot, began, had_one=True)
+        spent = self._end(slot)
+        if spent is not None:
+            self._prepare(slot, spent, from_stock=True)
 
-    def _end(self, slot: str, began: float) -> bool:
-        """End what was in ``slot``, and make sure of it; whether that could be done."""
+    def _end(self, slot: str) -> float | None:
+        """End what was in ``slot``, and make sure of it; the seconds that took, or None if it could not be done."""
+        began = time.monotonic()
         try:
             with self._lock:
                 old = self._tenancies.get(slot)
@@ -104,16 +105,21 @@ class Host:
                 with self._lock:
                     del self._tenancies[slot]
         except Exception as e:
-            self._quarantine(slot, began, e)
-            return False
-        return True
+            self._quarantine(slot, time.monotonic() - began, e)
+            return None
+        return time.monotonic() - began
 
-    def _prepare(self, slot: str, began: float, had_one: bool = False) -> None:
-        """Give ``slot``, which is empty, what the next lease needs."""
+    def _prepare(self, slot: str, spent: float = 0.0, from_stock: bool = False) -> None:
+        """Give ``slot``, which is empty, what its next lease needs.
+
+        :param spent: seconds that its end took.
+        :param from_stock: that may be a spare, if there is one.
+        """
+        began = time.monotonic() - spent
         try:
-            tenancy = (self._take_spare() if had_one else None) or self._make_with_patience()
+            tenancy = (self._take_spare() if from_stock else None) or self._make_with_patience()
         except Exception as e:
-            self._quarantine(slot, began, e)
+            self._quarantine(slot, time.monotonic() - began, e)
             return
         if tenancy is None:
             return
@@ -124,9 +130,9 @@ class Host:
             self._table.ready(slot)
             self._changed.notify_all()
 
-    def _quarantine(self, slot: str, began: float, e: Exception) -> None:
+    def _quarantine(self, slot: str, spent: float, e: Exception) -> None:
         log.error("%s is quarantined: %s", slot, e, exc_info=not isinstance(e, SandboxStartFailed), extra={"slot": slot})
-        self.tally.cleaned(time.monotonic() - began, failed=True)
+        self.tally.cleaned(spent, failed=True)
         with self._lock:
             self._table.quarantine(slot, str(e))
             pause = self._pauses.get(slot, self.config.quarantine)
@@ -143,7 +149,7 @@ class Host:
     def _restock(self) -> None:
         with self._lock:
             self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
-            while not self._closing and len(self._spares) < self._stock:  # while it closes, the cleaners may have ended
+            while not self._closing and len(self._spares) < self._stock:  # while it closes, the makers may have ended
                 self._spares.append(Future())
                 self._makers.submit(self._make_spare, self._spares[-1])
 
@@ -193,14 +199,17 @@ class Host:
             # If it has to wait for one of them anyway, it cleans that itself: handing it over would cost two wake-ups.
             own = to_clean.pop() if to_clean and take and wait and not self._table.has_free() else None
             self._cleaning += own is not None
-        self._given_back(given_back)
-        self._clean(to_clean)
-        if own is not None:
-            self._make_ready(own)
-        with self._lock:
+        try:
+            self._given_back(given_back)
+            self._clean(to_clean)
             if own is not None:
-                self._cleaning -= 1
-                self._changed.notify_all()
+                self._make_ready(own)
+        finally:
+            if own is not None:
+                with self._lock:
+                    self._cleaning -= 1
+                    self._changed.notify_all()
+        with self._lock:
             while True:
                 self._refuse_if_closing()
                 now = time.monotonic()

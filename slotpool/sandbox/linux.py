@@ -344,6 +344,15 @@ def processes() -> Iterator[tuple[int, list[bytes]]]:
             yield int(name), stat_fields(f"/proc/{name}")
 
 
+def threads() -> tuple[int, int]:
+    """How many threads of the whole machine run, or wait for a processor; and how many there are, see proc_loadavg(5).
+
+    :raises OSError: it is not told here.
+    """
+    running, _, all_ = read("/proc/loadavg").split()[3].partition(b"/")
+    return int(running), int(all_)
+
+
 def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]:
     """A message of at most ``size`` bytes and its descriptors, at most ``fds``, closed on exec.
 

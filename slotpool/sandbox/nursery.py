@@ -305,7 +305,7 @@ class UserSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
-        groups = () if self._dying else self.order["groups"]  # what is left after the first time may be in none of them
+        groups = () if self._dying else self.order["groups"]  # what the first time has left may be in none of them
         self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
         try:

@@ -35,7 +35,7 @@ _MEMORY = 10.0  # seconds after which such a time is forgotten
 def is_possible() -> bool:
     """Whether this machine tells enough of what runs on it."""
     try:
-        return _runnable() > 0
+        return linux.threads()[0] > 0
     except OSError:
         return False
 
@@ -69,7 +69,7 @@ class Restraint:
         began = time.thread_time()  # not what it waits for a processor: there this is needed most
         processors = sorted(os.sched_getaffinity(0))
         most = _BUSY * len(processors)
-        if users and _runnable() > most:
+        if users and linux.threads()[0] > most:
             self._look_at_all(users, most, set(processors[len(processors) // 2 :]))
         return max(_PERIOD, (time.thread_time() - began) / _MOST_OF_TIME)
 
@@ -121,8 +121,3 @@ class Restraint:
         except OSError:  # it has ended; or nobody may do that here
             return False
         return True
-
-
-def _runnable() -> int:
-    """How many threads of the whole machine run, or wait for a processor, see proc_loadavg(5)."""
-    return int(linux.read("/proc/loadavg").split()[3].partition(b"/")[0])

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PACKAGE, ROOT, StartServer, wait_until
@@ -18,11 +18,11 @@ from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.tenancies import HostConfig, Tenancy, TenancyMaker
 
-MANY = 20  # more than sandboxes are made at once
+BATCH = 10  # more than sandboxes are made at once
 
 
-def test_all_that_is_released_has_ended_before_sandboxes_are_made_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(HostConfig(slots=MANY, isolation="none"), NurseryProcess())
+def test_what_is_released_ends_while_sandboxes_are_made_for_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(HostConfig(slots=2 * BATCH, isolation="none"), NurseryProcess())
     ended = threading.Semaphore(0)
     go_on = threading.Event()
     end, make = TenancyMaker.end, TenancyMaker.make
@@ -37,15 +37,16 @@ def test_all_that_is_released_has_ended_before_sandboxes_are_made_for_the_next(m
 
     try:
         tokens: list[str] = []
-        while len(tokens) < MANY:
-            tokens += [lease["token"] for lease in host.lease("test", 60, MANY - len(tokens), (), 20)["leases"]]
+        while len(tokens) < 2 * BATCH:
+            tokens += [lease["token"] for lease in host.lease("test", 60, 2 * BATCH - len(tokens), (), 20)["leases"]]
         monkeypatch.setattr(TenancyMaker, "end", counted)
         monkeypatch.setattr(TenancyMaker, "make", held_up)
-        host.lease("test", 60, 0, tokens, 0)
-        for number in range(MANY):
-            assert ended.acquire(timeout=20), f"only {number} of {MANY} have ended"
+        for batch in (tokens[:BATCH], tokens[BATCH:]):
+            host.lease("test", 60, 0, batch, 0)
+            for number in range(BATCH):
+                assert ended.acquire(timeout=20), f"only {number} of {BATCH} have ended"
         go_on.set()
-        assert wait_until(lambda: host.health()["counts"]["free"] == MANY)
+        assert wait_until(lambda: host.health()["counts"]["free"] == 2 * BATCH)
     finally:
         go_on.set()
         host.close()
@@ -70,32 +71,41 @@ def test_a_process_that_has_left_its_control_group_ends_with_its_lease(start_ser
 # Two of one user, one of another. What the user's group lists, one time after the other, is given. Tells who was killed.
 KILL = """
 import json, subprocess, sys
-from slotpool.sandbox import cgroups, confine
+from slotpool.sandbox import cgroups, confine, linux
 uid, killer, other = 2_900_000_001, 2_900_000_002, 2_900_000_003
 children = {}
 for name, user in ("one", uid), ("two", uid), ("three", other):
     children[name] = subprocess.Popen(["sleep", "100"], user=user, group=user, extra_groups=[])
-listings = json.loads(sys.argv[1])
+threads, *listings = json.loads(sys.argv[1])
 unread = iter(listings)
-cgroups.members = lambda file: {children[name].pid for name in next(unread)}
+def members(file):
+    listing = next(unread)
+    if listing is None:
+        raise OSError("not told")
+    return {children[name].pid for name in listing}
+cgroups.members = members
+linux.threads = lambda: (1, threads)
 confine.kill_user(uid, killer, ["group"] if listings else [])
 for child in children.values():
     child.terminate()
 print(*(name for name, child in children.items() if child.wait() == -9))
+print(len(list(unread)))
 """
 
 
 @pytest.mark.skipif(not ROOT, reason="only root may be another user")
 @pytest.mark.parametrize(
-    ("listings", "killed"),
+    ("threads", "listings", "killed", "unread"),
     [
-        pytest.param([], "one two", id="no group"),
-        pytest.param([["one"], []], "one", id="who is listed"),
-        pytest.param([["one", "three"], ["three"]], "one", id="not others that are listed"),
-        pytest.param([["one"], ["one", "two"]], "one two", id="all once there are more"),
+        pytest.param(100, [["one"]], "one two", 1, id="all of the user where few threads are"),
+        pytest.param(9999, [], "one two", 0, id="also of one without a group"),
+        pytest.param(9999, [["one"], []], "one", 0, id="who is listed where many are"),
+        pytest.param(9999, [["one", "three"], ["three"]], "one", 0, id="not others that are listed"),
+        pytest.param(9999, [["one"], ["one", "two"]], "one two", 0, id="all once there are more"),
+        pytest.param(9999, [None], "one two", 0, id="all where that is not told"),
     ],
 )
-def test_killed_is_who_is_listed_and_that_users(listings: Sequence[Sequence[str]], killed: str) -> None:
-    command = [sys.executable, "-c", KILL, json.dumps(listings)]
+def test_killed_are_processes_of_that_user_alone(threads: int, listings: list[Any], killed: str, unread: int) -> None:
+    command = [sys.executable, "-c", KILL, json.dumps([threads, *listings])]
     told = subprocess.run(command, env={**os.environ, "PYTHONPATH": PACKAGE}, capture_output=True, text=True, timeout=60)
-    assert told.stdout == f"{killed}\n", told.stderr
+    assert told.stdout.splitlines() == [killed, str(unread)], told.stderr
