@@ -119,9 +119,10 @@ def many(isolation: str) -> None:
         for slot in slots:
             slot.release()
         released = time.perf_counter()
-        for _ in slots:  # each only once its slot is clean
-            pool.acquire(timeout=120)
+        slots = [pool.acquire(timeout=120) for _ in slots]  # each only once it is clean
         again = time.perf_counter()
+        for slot in slots:
+            slot.release()
     print(
         f"1,000 slots in 20 containers, {isolation}: {released - begun:.2f} s: "
         f"lease {leased - begun:.2f}, a command in each {ran - leased:.2f}, release {released - ran:.2f}; "
