@@ -80,8 +80,10 @@ class Host:
         self._reaper.start()
 
     def _clean(self, slots: Iterable[str]) -> None:
-        for slot in slots:
-            self._enders.submit(self._end_first, slot)
+        with self._lock:
+            if not self._closing:  # else all that is in them is being ended, and the enders may have ended too
+                for slot in slots:
+                    self._enders.submit(self._end_first, slot)
 
     def _end_first(self, slot: str) -> None:
         spent = self._end(slot)

@@ -16,6 +16,7 @@ from conftest import PACKAGE, ROOT, StartServer, wait_until
 from slotpool.sandbox import cgroups
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.protocol import RequestFailed
 from slotpool.sandbox.tenancies import HostConfig, Tenancy, TenancyMaker
 
 BATCH = 10  # more than sandboxes are made at once
@@ -49,6 +50,17 @@ def test_what_is_released_ends_while_sandboxes_are_made_for_what_was_before(monk
         assert wait_until(lambda: host.health()["counts"]["free"] == 2 * BATCH)
     finally:
         go_on.set()
+        host.close()
+
+
+def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        monkeypatch.setattr(Host, "_given_back", lambda *_: host.close())
+        with pytest.raises(RequestFailed, match="shutting down"):
+            host.lease("test", 60, 0, [lease["token"]], 0)
+    finally:
         host.close()
 
 
