@@ -51,9 +51,13 @@ class Notebook:
 
 def text_of(outputs: list[Any]) -> str:
     """What they are for who sees no HTML; what an error says too."""
-    found = []
+    found: list[str] = []
+    stream = None  # that the last one was of; a kernel may send what is printed in parts
     for out in outputs:
-        if out.output_type == "stream":
+        before, stream = stream, out.name if out.output_type == "stream" else None
+        if stream is not None and stream == before:
+            found[-1] += out.text
+        elif stream is not None:
             found.append(out.text)
         elif out.output_type == "error":
             found.append(f"{out.ename}: {out.evalue}")
