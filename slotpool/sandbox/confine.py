@@ -10,7 +10,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
 
-from . import cgroups, landlock, linux
+from . import cgroups, killing, landlock, linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def kill_user(uid: int, killer: int, groups: Sequence[str]) -> None:
         if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
             raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
         if not by_group or not _kill_members(groups[0]):
-            _kill(-1)
+            killing.send(-1, signal.SIGKILL)
 
 
 def _is_crowded() -> bool:
@@ -204,17 +204,10 @@ def _kill_members(group: str) -> bool:
     try:
         members = cgroups.members(group)
         for pid in members:
-            _kill(pid)
+            killing.send(pid, signal.SIGKILL)
         return cgroups.members(group) <= members
     except OSError:
         return False
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # there is none, of that user
-        pass
 
 
 @contextlib.contextmanager

@@ -73,10 +73,10 @@ def kill_tree(root: int) -> bool:
 
     It is killed last, as it collects the orphans, and left to be waited for.
     """
-    _signal(root, signal.SIGSTOP)
+    send(root, signal.SIGSTOP)
     killed = _kill_all(lambda: _descendants([root], list(_living())))
     if killed:
-        _signal(root, signal.SIGKILL)
+        send(root, signal.SIGKILL)
     return killed
 
 
@@ -123,12 +123,12 @@ def _kill_all(find: Callable[[], set[int]], limit: float = KILL_LIMIT, collect: 
             if not running:
                 break
             for pid in running:
-                _signal(pid, signal.SIGSTOP)
+                send(pid, signal.SIGSTOP)
             stopped |= running
         if not stopped:
             return True
         for pid in stopped:
-            _signal(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         _wait_for_deaths(stopped, deadline, collect)
     return False
 
@@ -148,7 +148,8 @@ def _wait_for_deaths(pids: set[int], deadline: float, collect: Callable[[], None
             os.close(fd)
 
 
-def _signal(pid: int, signum: int) -> None:
+def send(pid: int, signum: int) -> None:
+    """Signal a process, or all that may be with -1; nothing if there is none, or it is another user's."""
     try:
         os.kill(pid, signum)
     except (ProcessLookupError, PermissionError):

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PACKAGE, ROOT, StartServer, wait_until
 
-from slotpool.sandbox import cgroups
+from slotpool.sandbox import cgroups, confine
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -64,6 +65,20 @@ def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest
         host.close()
 
 
+@pytest.fixture
+def crowd() -> Iterator[None]:
+    """So many threads that what a lease has started is looked for in its control group first."""
+    gone = threading.Event()
+    threads = [threading.Thread(target=gone.wait) for _ in range(confine._MANY_THREADS)]
+    for thread in threads:
+        thread.start()
+    yield
+    gone.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("crowd")
 def test_a_process_that_has_left_its_control_group_ends_with_its_lease(start_server: StartServer) -> None:
     if not ROOT:
         pytest.skip("only root can move it")
