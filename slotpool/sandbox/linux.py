@@ -54,6 +54,10 @@ _SYS_close_range = 436
 _SYS_openat2 = 437
 _SYS_process_mrelease = 448
 _AT_FDCWD = -100
+IN_ATTRIB = 0x00000004
+IN_MOVED_TO = 0x00000080
+IN_CREATE = 0x00000100
+_IN_DONT_FOLLOW = 0x02000000
 SYS_landlock_create_ruleset = 444
 SYS_landlock_add_rule = 445
 SYS_landlock_restrict_self = 446
@@ -274,6 +278,20 @@ def release_memory(process: int) -> None:
     :raises OSError: it could not be done.
     """
     syscall(_SYS_process_mrelease, ctypes.c_int(process), ctypes.c_uint(0))
+
+
+def inotify_init() -> int:
+    """A descriptor from which changes of files can be read, see inotify(7); not blocking."""
+    fd = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+    if fd < 0:
+        raise _failed("inotify_init1")
+    return fd
+
+
+def inotify_add_watch(fd: int, path: str, events: int) -> None:
+    """Have a descriptor of :func:`inotify_init` tell of those ``events``, a sum of ``IN_*``. A link is not followed."""
+    if _libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(events | _IN_DONT_FOLLOW)) < 0:
+        raise _failed("inotify_add_watch")
 
 
 def complain(of: str) -> None:

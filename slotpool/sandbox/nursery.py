@@ -65,7 +65,7 @@ class Nursery:
         self._serving = True
         self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
-        self._scratch: dict[str, Scratch] = {}
+        self._scratch: dict[tuple[str, ...], Scratch] = {}
         self._reserve: list[int] = []  # descriptors that are given up for those which come with an order
         self._fill_reserve()
 
@@ -103,11 +103,9 @@ class Nursery:
                 _guarded(call)
         return True
 
-    def scratch(self, directory: str) -> Scratch:
-        """What is known of a shared directory."""
-        if directory not in self._scratch:
-            self._scratch[directory] = Scratch(directory)
-        return self._scratch[directory]
+    def scratch(self, directories: Sequence[str]) -> Scratch:
+        """What is known of these shared directories."""
+        return self._scratch.setdefault(tuple(directories), Scratch(directories))
 
     def later(self, call: Callable[[], None], pause: float = _PAUSE) -> None:
         """Call it in a moment, by default because there is a shortage now."""
@@ -338,7 +336,7 @@ class UserSandbox(Sandbox):
             linux.complain(f"can't clear up after a sandbox now, trying again: {e}")
             self.nursery.later(self._clear, _AGAIN)
             return
-        left = [directory for directory in scratch if self.nursery.scratch(directory).may_have(uid)]
+        left = self.nursery.scratch(scratch).may_have(uid)
 
         def remove() -> bool:
             for directory in left:

@@ -2,73 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-import time
+from collections.abc import Sequence
+
+from .arrivals import Arrivals
 
 _FEW_ENTRIES = 500
-# Seconds after which a change has another time than one before, whoever's clock it is taken from, and however coarse: ext4 may
-# keep whole seconds, others two.
-_SETTLED = 2.5
 
 
 class Scratch:
-    """A shared directory, and what was seen in it and in the directories in it that everybody may write to.
+    """Shared directories, and whose things are in them and in the directories in them that everybody may write to.
 
-    It is looked through again only if one of the directories there has changed since: what is made in one, moved or linked
-    there changes its ctime, which nobody can set back. That is relied on once it was seen to be the same for a while, as a
-    change amid a look, or right after one, may have the same time as one before.
+    They are looked through again only if something may have come since, or if that can't be told.
     """
 
-    def __init__(self, directory: str) -> None:
-        self._top = f"{directory}/"  # so that it is followed if it is a link itself
-        self._directories: dict[str, tuple[int, ...]] = {}  # each with what tells a change; none if that is not certain
-        self._owners: set[int] = set()
-        self._seen: dict[str, tuple[int, ...]] = {}  # the same, when it was looked through last
-        self._since = 0.0  # that moment, or an earlier one at which it was seen like that
+    def __init__(self, directories: Sequence[str]) -> None:
+        self._directories = [f"{directory}/" for directory in directories]  # so that each is followed if it is a link itself
+        self._identities: list[tuple[int, int] | None] = []  # of those that were looked through; None for what is not there
+        self._owners: list[set[int] | None] = []  # of what is in each; None if that is not certain
+        self._arrivals: Arrivals | None = None
+        self._is_watched = False  # everything there, from before it was looked through
+        self._is_known = False  # nothing has come since
 
-    def may_have(self, uid: int) -> bool:
-        """Whether something of that user may be there; False only if that is certain."""
-        try:
-            known = self._is_known() or self._look()
-        except FileNotFoundError:  # while it was looked through, unless it is the directory itself
-            return os.path.exists(self._top)
-        except OSError:
-            return True
-        return not known or uid in self._owners
+    def may_have(self, uid: int) -> list[str]:
+        """Those in which something of that user may be; the others have certainly nothing."""
+        if not self._is_unchanged():
+            self._look()
+        pairs = zip(self._directories, self._owners)
+        return [directory for directory, owners in pairs if owners is None or uid in owners]
 
-    def _is_known(self) -> bool:
-        try:
-            return bool(self._directories) and all(_stamp(os.lstat(path)) == seen for path, seen in self._directories.items())
-        except FileNotFoundError:
-            return False
+    def _is_unchanged(self) -> bool:
+        if self._has_come():
+            self._is_known = False
+        return self._is_known and self._identities == self._identify()
 
-    def _look(self) -> bool:
-        """Whether it could be seen whole at little cost."""
-        began = time.monotonic()
-        self._directories = {}
-        self._owners = set()
-        directories = {self._top: _stamp(os.lstat(self._top))}
-        pending = [self._top]
+    def _has_come(self) -> bool:
+        return self._arrivals is not None and self._arrivals.any()
+
+    def _identify(self) -> list[tuple[int, int] | None]:
+        return [_identity(directory) for directory in self._directories]
+
+    def _look(self) -> None:
+        if self._arrivals is None:
+            with contextlib.suppress(OSError):
+                self._arrivals = Arrivals()
+        self._is_watched = self._arrivals is not None
+        self._identities = self._identify()
+        found = [self._owners_in(directory) for directory in self._directories]
+        # It may have moved from where had not been looked yet to where that was done.
+        moved = self._has_come()
+        self._owners = [None] * len(found) if moved else found
+        self._is_known = self._is_watched and not moved
+
+    def _owners_in(self, top: str) -> set[int] | None:
+        """None if that can't be seen, or not at little cost."""
+        owners: set[int] = set()
+        pending = [top]
         entries_left = _FEW_ENTRIES
         while pending:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    entries_left -= 1
-                    if entries_left <= 0:
-                        return False
-                    info = entry.stat(follow_symlinks=False)
-                    self._owners.add(info.st_uid)
-                    if stat.S_ISDIR(info.st_mode):
-                        directories[entry.path] = _stamp(info)
-                        if info.st_mode & stat.S_IWOTH:
-                            pending.append(entry.path)
-        if directories != self._seen:
-            self._seen, self._since = directories, time.monotonic()
-        elif began - self._since > _SETTLED:
-            self._directories = directories
-        return True
+            directory = pending.pop()
+            self._watch(directory)
+            try:
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        entries_left -= 1
+                        if entries_left <= 0:
+                            return None
+                        with contextlib.suppress(FileNotFoundError):
+                            info = entry.stat(follow_symlinks=False)
+                            owners.add(info.st_uid)
+                            if stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_IWOTH:
+                                pending.append(entry.path)
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return None
+        return owners
+
+    def _watch(self, directory: str) -> None:
+        try:
+            if self._arrivals is not None:
+                self._arrivals.watch(directory)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._is_watched = False
 
 
-def _stamp(info: os.stat_result) -> tuple[int, ...]:
-    return info.st_dev, info.st_ino, info.st_ctime_ns
+def _identity(directory: str) -> tuple[int, int] | None:
+    try:
+        info = os.stat(directory)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino

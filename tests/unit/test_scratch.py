@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import ROOT
 
-from slotpool.sandbox import scratch
+from slotpool.sandbox import linux, scratch
 from slotpool.sandbox.scratch import Scratch
 
 US, OTHER = os.geteuid(), 70_000
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_SETTLED", 0.1)
 
 
 @pytest.fixture
@@ -36,17 +34,6 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return listed
 
 
-def settle(shared: Scratch, looks: list[str]) -> None:
-    """Until it need not be listed any more."""
-
-    def is_known() -> bool:
-        looks.clear()
-        shared.may_have(OTHER)
-        return not looks
-
-    assert wait_until(is_known)
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     top = tmp_path / "top"
@@ -56,12 +43,27 @@ def tree(tmp_path: Path) -> Path:
     return top
 
 
-def test_what_does_not_change_is_not_listed_again(tree: Path, looks: list[str]) -> None:
-    shared = Scratch(str(tree))
+@pytest.fixture
+def shared(tree: Path, looks: list[str]) -> Scratch:
+    """What is known of ``tree``, which was looked through already."""
+    known = Scratch([str(tree)])
+    known.may_have(OTHER)
+    looks.clear()
+    return known
+
+
+def test_what_does_not_change_is_listed_once(tree: Path, looks: list[str]) -> None:
+    shared = Scratch([str(tree)])
     assert not shared.may_have(OTHER)
     assert sorted(looks) == ["open", "top"]
-    settle(shared, looks)
     assert shared.may_have(US)
+    assert not shared.may_have(OTHER)
+    assert sorted(looks) == ["open", "top"]
+
+
+def test_what_only_goes_is_no_reason_to_look(tree: Path, shared: Scratch, looks: list[str]) -> None:
+    (tree / "closed").rmdir()
+    (tree / "open" / "inner").rmdir()
     assert not shared.may_have(OTHER)
     assert looks == []
 
@@ -88,6 +90,10 @@ def _link(tree: Path) -> None:
     os.link(tree.parent / "file", tree / "open" / "linked")
 
 
+def _give_away(tree: Path) -> None:
+    os.chown(tree / "closed", OTHER, OTHER)
+
+
 def _open(tree: Path) -> None:
     (tree / "closed" / "file").touch()
     os.chown(tree / "closed" / "file", OTHER, OTHER)
@@ -106,17 +112,25 @@ def _replace(tree: Path) -> None:
     os.chown(tree / "closed", OTHER, OTHER)
 
 
-def _set_back(tree: Path) -> None:
-    before = os.stat(tree)
+def _replace_the_top(tree: Path) -> None:
+    tree.rename(tree.with_name("old"))
+    tree.mkdir()
     _make(tree)
-    os.utime(tree, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _make_very_many(tree: Path) -> None:
+    for _ in range(20_000):  # more than the kernel tells of
+        os.rename(tree / "open", tree / "opened")
+        os.rename(tree / "opened", tree / "open")
+    _make_within(tree)
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
-@pytest.mark.parametrize("change", [_make, _make_within, _move, _link, _open, _open_within, _replace, _set_back])
-def test_a_change_is_seen(tree: Path, looks: list[str], change: Callable[[Path], None]) -> None:
-    shared = Scratch(str(tree))
-    settle(shared, looks)
+@pytest.mark.parametrize(
+    "change",
+    [_make, _make_within, _move, _link, _give_away, _open, _open_within, _replace, _replace_the_top, _make_very_many],
+)
+def test_a_change_is_seen(tree: Path, shared: Scratch, change: Callable[[Path], None]) -> None:
     change(tree)
     assert shared.may_have(OTHER)
     shutil.rmtree(tree)
@@ -124,42 +138,116 @@ def test_a_change_is_seen(tree: Path, looks: list[str], change: Callable[[Path],
     assert not shared.may_have(OTHER)
 
 
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+def test_what_is_mounted_there_is_seen(tree: Path, shared: Scratch) -> None:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=777", "none", tree / "open"], capture_output=True)
+    if mount.returncode:
+        pytest.skip("this container's root may not mount")
+    try:
+        assert not shared.may_have(OTHER)
+        _make_within(tree)
+        assert shared.may_have(OTHER)
+    finally:
+        subprocess.run(["umount", tree / "open"], check=True)
+    assert not shared.may_have(OTHER)
+
+
 @pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
-def test_what_comes_at_the_moment_of_a_look_is_seen(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tick = 80_000_000  # newer kernels tell changes within one apart, on most file systems
-    monkeypatch.setattr(scratch, "_stamp", lambda info: (info.st_dev, info.st_ino, info.st_ctime_ns // tick * tick))
-    for i in range(100):
-        shared = Scratch(str(tree))
-        (tree / "ours").touch()  # so that the directory has the time of this tick
-        for _ in range(3):
-            assert not shared.may_have(OTHER)
-        _make(tree)
-        assert shared.may_have(OTHER), i
-        (tree / "file").unlink()
-        (tree / "ours").unlink()
+def test_what_comes_amid_a_look_is_seen_by_the_next(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Scratch([str(tree)])
+    scandir = os.scandir
+
+    def amid(path: str) -> object:
+        entries = list(scandir(path))
+        if path.endswith("open"):  # the other has been listed by then
+            monkeypatch.undo()
+            _make(tree)
+        return contextlib.nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", amid)
+    shared.may_have(OTHER)
+    assert shared.may_have(OTHER)
+    (tree / "file").unlink()
+    (tree / "open" / "inner" / "file").touch()  # which is no reason to look
+    assert shared.may_have(OTHER)
 
 
-def test_where_there_is_much_it_is_not_certain(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
+def test_what_moves_amid_a_look_may_be_there(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make_within(tree)
+    shared = Scratch([str(tree)])
+    scandir = os.scandir
+
+    def amid(path: str) -> object:
+        if path.endswith("open"):
+            monkeypatch.undo()
+            (tree / "open" / "file").rename(tree / "file")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", amid)
+    assert shared.may_have(OTHER)
+    (tree / "file").unlink()
+    assert not shared.may_have(OTHER)
+
+
+def test_where_there_is_much_it_is_not_certain(tree: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "_FEW_ENTRIES", 10)
-    shared = Scratch(str(tree))
+    shared = Scratch([str(tree)])
     assert not shared.may_have(OTHER)
     for i in range(10):
         (tree / str(i)).touch()
     assert shared.may_have(OTHER)
-    (tree / "1").unlink()
-    for i in range(2, 10):
+    looks.clear()
+    assert shared.may_have(OTHER)
+    assert looks == []
+    for i in range(10):
         (tree / str(i)).unlink()
+    (tree / "another").touch()
     assert not shared.may_have(OTHER)
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
-def test_a_link_to_a_directory_is_followed(tree: Path, looks: list[str]) -> None:
+@pytest.mark.parametrize("missing", ["inotify_init", "inotify_add_watch"])
+def test_where_nothing_can_be_watched_one_looks_each_time(tree: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "as many as may be")
+
+    monkeypatch.setattr(linux, missing, refused)
+    shared = Scratch([str(tree)])
+    assert not shared.may_have(OTHER)
+    _make(tree)
+    assert shared.may_have(OTHER)
+    (tree / "file").unlink()
+    assert not shared.may_have(OTHER)
+    monkeypatch.undo()  # there is room again
+    assert not shared.may_have(OTHER)
+    _make_within(tree)
+    assert shared.may_have(OTHER)
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
+def test_a_link_to_a_directory_is_followed(tree: Path) -> None:
     (tree.parent / "link").symlink_to(tree)
-    shared = Scratch(str(tree.parent / "link"))
-    settle(shared, looks)
+    shared = Scratch([str(tree.parent / "link")])
+    assert not shared.may_have(OTHER)
     _make(tree)
     assert shared.may_have(OTHER)
 
 
+@pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
+def test_only_where_it_is_the_directory_is_named(tree: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shared = Scratch([str(tree), str(other), str(tmp_path / "none")])
+    assert shared.may_have(OTHER) == []
+    _make(other)
+    assert [Path(directory) for directory in shared.may_have(OTHER)] == [other]
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
 def test_a_directory_that_is_not_there_has_nothing(tmp_path: Path) -> None:
-    assert not Scratch(str(tmp_path / "none")).may_have(OTHER)
+    shared = Scratch([str(tmp_path / "none")])
+    assert not shared.may_have(OTHER)
+    (tmp_path / "none").mkdir()
+    _make(tmp_path / "none")
+    assert shared.may_have(OTHER)
