@@ -263,7 +263,7 @@ class TenancyMaker:
             tenancy.cell = fresh
 
     def end(self, tenancy: Tenancy) -> None:
-        """Kill every process, make sure of that, and remove the workspace. Repeatable.
+        """Kill every process, make sure of that, and empty the workspace. Repeatable.
 
         :raises SandboxStartFailed, OSError: if that could not be done.
         """
@@ -271,7 +271,7 @@ class TenancyMaker:
             tenancy.ended = True
             if tenancy.cleared:  # its user may be another's by now
                 return
-            self._bury(tenancy.place, tenancy.cell, functools.partial(self._begin_to_remove, tenancy.place))
+            self._bury(tenancy.place, tenancy.cell, functools.partial(self._begin_to_empty, tenancy.place))
             tenancy.cleared = True
 
     def discard(self, tenancy: Tenancy) -> None:
@@ -282,8 +282,11 @@ class TenancyMaker:
         try:
             self._bury(place, cell)
         except (SandboxStartFailed, OSError) as e:
-            log.warning("%s can't be cleared now, and is tried again: %s", place.directory, e)
-            self._left.append((place, cell))
+            self._keep(place, cell, e)
+
+    def _keep(self, place: Place, cell: Cell | None, trouble: Exception) -> None:
+        log.warning("%s can't be cleared now, and is tried again: %s", place.directory, trouble)
+        self._left.append((place, cell))
 
     def _try_again(self) -> None:
         """To clear what could not be."""
@@ -302,23 +305,34 @@ class TenancyMaker:
             raise SandboxStartFailed("its processes could not be killed")
         self._clear(place)
 
-    def _begin_to_remove(self, place: Place) -> None:
-        """While its processes die, which may be in the way, or make what is not seen any more.
-
-        Not where their working directory would really go only with the last of them, and hold up its death.
-        """
-        if self.isolation.mode != "bwrap":
-            return
+    def _begin_to_empty(self, place: Place) -> None:
+        """While its processes die, which may be in the way, or make what is not seen any more."""
         try:
-            trees.remove_tree(place.directory)
+            self._empty(place)
         except OSError:
-            log.debug("%s could not be removed at once", place.directory, exc_info=True)
+            log.debug("%s could not be emptied at once", place.directory, exc_info=True)
+
+    def _empty(self, place: Place) -> None:
+        for path in (place.workspace, place.tmp):
+            trees.empty_tree(path)
 
     def _clear(self, place: Place) -> None:
-        """Remove what is left of it. No process is in it."""
-        trees.remove_tree(place.directory)
-        if self._groups is not None:
-            self._nursery.undertaker.take(functools.partial(self._groups.remove, os.path.basename(place.directory)))
+        """Empty it, and see that it is empty. No process is in it.
+
+        What it was made of is removed in a moment, and costs as much as all else that lies between two leases. Until then its
+        user has no other lease, and nobody else can get at it.
+        """
+        self._empty(place)
+        self._nursery.undertaker.take(functools.partial(self._remove, place))
+
+    def _remove(self, place: Place) -> None:
+        try:
+            trees.remove_tree(place.directory)
+            if self._groups is not None:
+                self._groups.remove(os.path.basename(place.directory))
+        except OSError as e:
+            self._keep(place, None, e)
+            return
         if self._users is not None:
             with self._users_lock:
                 self._users.give_back(place.uid)

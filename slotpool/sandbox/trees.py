@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -22,22 +23,66 @@ def remove_tree(path: str) -> None:
 
     :raises OSError: if something can't be removed.
     """
-    path = path.rstrip("/")
+    with _parent_of(path) as parent:
+        if parent is not None:
+            _remove(os.path.basename(path.rstrip("/")), parent)
+
+
+def empty_tree(path: str) -> None:
+    """The same, but for the directory ``path`` itself, whose mode may be another then. Seen to be empty when this returns.
+
+    Where there is nothing it takes a tenth of the time: to remove a directory is much work for a file system, ext4 say.
+
+    :raises OSError: if something can't be removed.
+    """
+    with _parent_of(path) as parent:
+        if parent is None:
+            return
+        name = os.path.basename(path.rstrip("/"))
+        if not _is_empty(name, parent):
+            _empty(name, parent)
+
+
+@contextlib.contextmanager
+def _parent_of(path: str) -> Iterator[int | None]:
+    """Its descriptor; None if there is none."""
     try:
-        parent = os.open(os.path.dirname(path) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
+        parent = os.open(os.path.dirname(path.rstrip("/")) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
     except FileNotFoundError:
+        yield None
         return
     try:
-        _remove(os.path.basename(path), parent)
+        yield parent
     finally:
         os.close(parent)
 
 
+def _is_empty(name: str, parent: int) -> bool:
+    """Whether that is so for certain, which includes that it is not there."""
+    try:
+        directory = os.open(name, os.O_RDONLY | _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        return True
+    except PermissionError:
+        return False
+    try:
+        with os.scandir(directory) as entries:
+            return next(entries, None) is None
+    finally:
+        os.close(directory)
+
+
 def _remove(name: str, parent: int) -> None:
+    if _empty(name, parent):
+        os.rmdir(name, dir_fd=parent)
+
+
+def _empty(name: str, parent: int) -> bool:
+    """Whether there is such a directory."""
     try:
         top = _open(name, parent)
     except FileNotFoundError:
-        return
+        return False
     try:
         # Names for what is moved to the top: a slot can't have made one without reading this process's memory.
         names = (f".{os.urandom(8).hex()}-{n}" for n in itertools.count())
@@ -52,7 +97,7 @@ def _remove(name: str, parent: int) -> None:
                 _is_removed(inner_name, top)  # else some are left in it, and it comes up again
     finally:
         os.close(top)
-    os.rmdir(name, dir_fd=parent)
+    return True
 
 
 def _open(name: str, parent: int) -> int:

@@ -92,7 +92,7 @@ def test_a_slot_is_made_also_if_no_shell_can_be_started_in_it(monkeypatch: pytes
         tenancy = maker.make(network=True)
         assert tenancy.cell.armed == 0
         maker.end(tenancy)
-        assert not os.path.exists(tenancy.place.directory)
+        assert wait_until(lambda: not os.path.exists(tenancy.place.directory))
     finally:
         maker.close()
 

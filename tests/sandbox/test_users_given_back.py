@@ -11,13 +11,14 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, wait_until
 
 from slotpool.errors import SandboxStartFailed
-from slotpool.sandbox import cell, cgroups, linux, users
+from slotpool.sandbox import cell, cgroups, linux, trees, users
 from slotpool.sandbox.isolation import Isolation, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -43,10 +44,18 @@ class Given:
         monkeypatch.setattr(users.UserBlock, "take", taken)
         monkeypatch.setattr(users.UserBlock, "give_back", given_back)
 
-    def out(self) -> int:
-        """How many users are a slot's."""
+    def out(self, maker: TenancyMaker) -> int:
+        """How many users are a slot's, when all is removed that is to be."""
+        settle(maker)
         assert set(self.users.values()) <= {0, 1}, "none is given back twice"
         return sum(self.users.values())
+
+
+def settle(maker: TenancyMaker) -> None:
+    """What is done a moment later is done."""
+    done = threading.Event()
+    maker._nursery.undertaker.take(done.set)
+    assert done.wait(10)
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
 def maker(request: pytest.FixtureRequest, given: Given) -> Iterator[TenancyMaker]:
     made = TenancyMaker(HostConfig(slots=1, isolation=request.param), NurseryProcess())
     try:
-        assert given.out() == 0, "the one that was tried out has gone back"
+        assert given.out(made) == 0, "the one that was tried out has gone back"
         yield made
     finally:
         made.close()
@@ -96,9 +105,7 @@ def _no_place_inside(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> It
 @contextlib.contextmanager
 def _no_descriptors(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Not even for looking whether anything is left of a place."""
-    closed = threading.Event()
-    maker._nursery.undertaker.take(closed.set)
-    assert closed.wait(10), "what it closes a moment later"
+    settle(maker)
     with contextlib.ExitStack() as stack:
         most = 1 + max(map(int, os.listdir("/proc/self/fd")))
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -166,7 +173,7 @@ def _use_one(maker: TenancyMaker) -> None:
 def _is_given_back(maker: TenancyMaker, given: Given) -> bool:
     """What is left is tried again before one more is made."""
     _use_one(maker)
-    return given.out() == 0
+    return given.out(maker) == 0
 
 
 @pytest.mark.parametrize("trouble", [_no_directories, _no_place_inside, _nursery_without_descriptors])
@@ -174,13 +181,13 @@ def test_it_is_given_back_if_no_sandbox_can_be_made(
     maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch, trouble: Any
 ) -> None:
     with trouble(maker, monkeypatch):
-        before = given.out(), os.listdir(maker._slots_dir)
+        before = given.out(maker), os.listdir(maker._slots_dir)
         for _ in range(3):
             with pytest.raises((SandboxStartFailed, OSError)):
                 maker.make(maker.isolation.default_network)
-            assert (given.out(), os.listdir(maker._slots_dir)) == before
+            assert (given.out(maker), os.listdir(maker._slots_dir)) == before
     _use_one(maker)
-    assert given.out() == 0
+    assert given.out(maker) == 0
 
 
 def test_it_is_given_back_later_if_that_is_impossible_too(
@@ -190,9 +197,9 @@ def test_it_is_given_back_later_if_that_is_impossible_too(
         for _ in range(3):
             with pytest.raises(OSError, match="Too many open files"):
                 maker.make(maker.isolation.default_network)
-    assert given.out() == 3
+    assert given.out(maker) == 3
     _use_one(maker)
-    assert given.out() == 0
+    assert given.out(maker) == 0
     assert os.listdir(maker._slots_dir) == []
 
 
@@ -203,7 +210,7 @@ def test_it_is_given_back_once_what_did_not_stand_in_time_is_dead(
         for _ in range(3):
             with pytest.raises(SandboxStartFailed, match="did not stand"):
                 maker.make(maker.isolation.default_network)
-    assert given.out() == 3
+    assert given.out(maker) == 3
 
     assert wait_until(lambda: _is_given_back(maker, given))
     assert os.listdir(maker._slots_dir) == []
@@ -212,7 +219,7 @@ def test_it_is_given_back_once_what_did_not_stand_in_time_is_dead(
 def _is_ended(maker: TenancyMaker, tenancy: Tenancy, given: Given) -> bool:
     with contextlib.suppress(SandboxStartFailed):
         maker.end(tenancy)
-        return given.out() == 0
+        return given.out(maker) == 0
     return False
 
 
@@ -235,7 +242,7 @@ def test_it_is_kept_while_a_child_of_a_killed_bubblewrap_is_left(given: Given, m
             with pytest.raises(SandboxStartFailed, match="did not stand"):
                 maker.make(network=False)
         _use_one(maker)
-        assert given.out() == 1
+        assert given.out(maker) == 1
         (uid,) = (uid for uid, count in given.users.items() if count)
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -262,18 +269,37 @@ def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: py
             patch.setattr(cell, "DEATH_LIMIT", 0.5)
             with pytest.raises(SandboxStartFailed, match="could not be killed"):
                 maker.end(tenancy)
-            assert given.out() == 1
+            assert given.out(maker) == 1
 
         assert wait_until(lambda: _is_ended(maker, tenancy, given))
     finally:
         maker.close()
 
 
+def test_its_files_are_gone_sooner_than_the_place_for_them_which_is_tried_again(
+    maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tenancy = maker.make(maker.isolation.default_network)
+    (Path(tenancy.place.workspace) / "inner").mkdir()
+    (Path(tenancy.place.workspace) / "inner" / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(trees, "remove_tree", full)
+        maker.end(tenancy)
+        assert os.listdir(tenancy.place.workspace) == []
+        assert given.out(maker) == 1
+    _use_one(maker)
+    assert given.out(maker) == 0
+    assert os.listdir(maker._slots_dir) == []
+
+
 def test_it_is_given_back_once_however_often_an_end_is_asked_for(maker: TenancyMaker, given: Given) -> None:
     first = maker.make(maker.isolation.default_network)
     maker.end(first)
     maker.end(first)
-    assert given.out() == 0
+    assert given.out(maker) == 0
 
 
 def test_it_is_kept_until_all_processes_are_dead(maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +308,7 @@ def test_it_is_kept_until_all_processes_are_dead(maker: TenancyMaker, given: Giv
         for _ in range(2):
             with pytest.raises(SandboxStartFailed, match="could not be killed"):
                 maker.end(tenancy)
-            assert given.out() == 1
+            assert given.out(maker) == 1
     assert wait_until(lambda: _is_ended(maker, tenancy, given))
     assert not os.path.exists(tenancy.place.directory)
 
@@ -293,11 +319,11 @@ def test_a_slot_that_could_not_be_mended_is_given_back_too(
     tenancy = maker.make(maker.isolation.default_network)
     with _no_place_inside(maker, monkeypatch), pytest.raises(RequestFailed, match="could not be made"):
         maker.mend(tenancy, tenancy.cell, may_have_run=False)
-    assert given.out() == 1
+    assert given.out(maker) == 1
     maker.mend(tenancy, tenancy.cell, may_have_run=False)
     assert tenancy.cell.armed == 1
     maker.end(tenancy)
-    assert given.out() == 0
+    assert given.out(maker) == 0
 
 
 def test_it_is_kept_until_what_was_to_mend_the_slot_is_dead_too(
@@ -310,5 +336,5 @@ def test_it_is_kept_until_what_was_to_mend_the_slot_is_dead_too(
             maker.mend(tenancy, tenancy.cell, may_have_run=False)
         with pytest.raises(SandboxStartFailed, match="could not be killed"):
             maker.end(tenancy)
-        assert given.out() == 1
+        assert given.out(maker) == 1
     assert wait_until(lambda: _is_ended(maker, tenancy, given))

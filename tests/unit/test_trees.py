@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from slotpool.sandbox import trees
-from slotpool.sandbox.trees import remove_owned, remove_tree
+from slotpool.sandbox.trees import empty_tree, remove_owned, remove_tree
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534
@@ -81,6 +81,37 @@ def test_a_path_that_ends_with_a_slash_is_the_same_tree(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     remove_tree(f"{tmp_path}/tree/")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o000, 0o1777])
+def test_an_emptied_directory_stays(tmp_path: Path, mode: int) -> None:
+    tree = tmp_path / "tree"
+    (tree / "d" / "e").mkdir(parents=True)
+    (tree / "d" / "file").touch()
+    (tree / "link").symlink_to(tmp_path)
+    before = descriptors()
+    for _ in range(2):  # the second time there is nothing to be removed
+        tree.chmod(mode)
+        empty_tree(f"{tree}/")
+        tree.chmod(0o700)
+        assert os.listdir(tree) == []
+    assert os.listdir(tmp_path) == ["tree"]
+    assert descriptors() == before
+
+
+def test_to_empty_what_is_not_there_is_no_error(tmp_path: Path) -> None:
+    empty_tree(str(tmp_path / "none"))
+    empty_tree(str(tmp_path / "none" / "within"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(NotADirectoryError):
+        empty_tree(str(tmp_path / "link"))
+    assert os.listdir(tmp_path / "real") == ["file"]
 
 
 def test_depth_costs_no_stack_no_descriptors_and_no_path_length(tmp_path: Path) -> None:
