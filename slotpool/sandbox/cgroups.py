@@ -78,7 +78,7 @@ class Groups:
                 if not found and file not in _DISPENSABLE:
                     raise OSError(errno.ENOTSUP, f"no {file} in {' or '.join(made)}")
                 for path in found:
-                    _write(path, value)
+                    linux.write(path, value.encode())
         except BaseException:
             for directory in made:
                 os.rmdir(directory)
@@ -175,7 +175,7 @@ def limited_memory() -> Memory | None:
 def join(files: Sequence[str]) -> None:
     """Put this process, and so what it starts from now on, into a sandbox's groups."""
     for path in files:
-        _write(path, "0")
+        linux.write(path, b"0")
 
 
 def members(file: str) -> set[int]:
@@ -243,13 +243,13 @@ def _delegated(children: Collection[int]) -> str:
             raise
         os.makedirs(f"{own}/slotpool", exist_ok=True)
         for pid in present:
-            _write(f"{own}/slotpool/cgroup.procs", str(pid))
+            linux.write(f"{own}/slotpool/cgroup.procs", str(pid).encode())
         _let_children_have(own)
     return own
 
 
 def _let_children_have(directory: str) -> None:
-    _write(f"{directory}/cgroup.subtree_control", "+memory +cpu")
+    linux.write(f"{directory}/cgroup.subtree_control", b"+memory +cpu")
 
 
 def _own_directory(controller: str | None) -> str:
@@ -314,11 +314,3 @@ def _locked(directory: str, wait: bool) -> int:
 def _read(path: str) -> str:
     with open(path, encoding="utf-8", errors="surrogateescape") as f:
         return f.read()
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)

@@ -45,8 +45,7 @@ def join_groups(order: Order) -> None:
     """Enter the sandbox's control groups, and be the first to go when memory runs out, before whoever serves all slots."""
     cgroups.join(order["groups"])
     linux.set_dumpable(True)  # else the file is root's
-    with open("/proc/self/oom_score_adj", "wb") as score:
-        score.write(b"1000")
+    linux.write("/proc/self/oom_score_adj", b"1000")
 
 
 def settle(order: Order) -> None:

@@ -125,8 +125,7 @@ def set_parent_death_signal(signum: int) -> None:
 
 
 def child_signals() -> int:
-    """Block SIGCHLD and give a descriptor that is readable when a child has ended, see signalfd(2); not blocking."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    """A descriptor that is readable when a child has ended, see signalfd(2); not blocking. SIGCHLD has to be blocked."""
     mask = (ctypes.c_ulong * (128 // ctypes.sizeof(ctypes.c_ulong)))()  # a sigset_t of glibc's
     mask[0] = 1 << (signal.SIGCHLD - 1)
     fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
@@ -305,6 +304,15 @@ def read(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return b"".join(iter(lambda: os.read(fd, 65536), b""))
+    finally:
+        os.close(fd)
+
+
+def write(path: str, content: bytes) -> None:
+    """To a file that is there, by one write(2)."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, content)
     finally:
         os.close(fd)
 

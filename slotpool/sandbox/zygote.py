@@ -105,8 +105,6 @@ def read_told(told: bytes) -> int | None:
 def main(control: socket.socket, order: Order, enter: Callable[[], None]) -> NoReturn:
     """Confine this process, just forked from the nursery, and serve ``control``."""
     try:
-        signal.set_wakeup_fd(-1)  # the nursery's
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _keep_only(control)
         confine.join_groups(order)
         linux.set_dumpable(False)

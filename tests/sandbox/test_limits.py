@@ -311,7 +311,7 @@ def test_what_is_not_limited_is_said_to_be_so(start_server: StartServer) -> None
 def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A group of version 2 that this process is in."""
     files = ("cgroup.procs", "cgroup.subtree_control", "memory.max", "memory.swap.max", "cpu.max", "cpu.weight")
-    make, write = os.mkdir, cgroups._write
+    make, write = os.mkdir, linux.write
 
     def mkdir(path: str, mode: int = 0o777) -> None:
         make(path, mode)
@@ -323,19 +323,20 @@ def hierarchy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             Path(path, name).unlink()
         remove(path)
 
-    def written(path: str, text: str) -> None:
+    def written(path: str, content: bytes) -> None:
+        text = content.decode()
         if path.endswith("cgroup.subtree_control") and Path(path).with_name("cgroup.procs").read_text().strip():
             raise OSError(16, "a group with processes gives no controllers on")
         if path.endswith("cgroup.procs"):
             before = Path(tmp_path, "own", "cgroup.procs")
             before.write_text("\n".join(pid for pid in before.read_text().split() if pid != text))
             text = f"{Path(path).read_text()}{text}\n"
-        write(path, text)
+        write(path, text.encode())
 
     remove = os.rmdir
     monkeypatch.setattr(os, "mkdir", mkdir)
     monkeypatch.setattr(os, "rmdir", removed)
-    monkeypatch.setattr(cgroups, "_write", written)
+    monkeypatch.setattr(linux, "write", written)
     own = tmp_path / "own"
     mkdir(str(own))
     (own / "cgroup.procs").write_text(str(os.getpid()))
