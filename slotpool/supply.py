@@ -34,7 +34,7 @@ class _Waiter:
 
     def __init__(self, asked: float) -> None:
         self.asked = asked
-        self.queue: queue.Queue[Tenure | None] = queue.Queue(1)
+        self.queue: queue.SimpleQueue[Tenure | None] = queue.SimpleQueue()  # to put into a Queue wakes who waits three times
 
 
 class Supply:
@@ -179,7 +179,7 @@ class Supply:
             self._hand_out(tenure)
             # Here, and not by the caller: to have the lock, he would have to wait for what is done under it from here on.
             self.counters.requests_wait_ms += (tenure.acquired_at - self.waiters[0].asked) * 1000
-            self.waiters.popleft().queue.put_nowait(tenure)
+            self.waiters.popleft().queue.put(tenure)
         elif self.ready.qsize() < self._config.prefetch or tenure.used:
             self.ready.put_nowait(tenure)
         else:

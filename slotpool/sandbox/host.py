@@ -60,6 +60,8 @@ class Host:
         # Guards the fields from here to _closing; signalled when a slot becomes free, and when one of them changes otherwise.
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._due = threading.Condition(self._lock)  # signalled when the reaper has to come sooner than it would
+        self._reaper_comes = -math.inf  # on the monotonic clock; no later than anything while it is about its work
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
         # Made in advance, so that a slot which is given back need not wait for one; None comes of it if that fails.
@@ -140,7 +142,7 @@ class Host:
             pause = self._pauses.get(slot, self.config.quarantine)
             self._retries[slot] = time.monotonic() + pause
             self._pauses[slot] = min(2 * pause, _MOST_PAUSE)
-            self._changed.notify_all()
+            self._have_reaped_by(self._retries[slot])
 
     def restock(self) -> None:
         """Have spares made, if there are too few then. Once a slot was taken, and not sooner: it is in the way of who waits for
@@ -224,7 +226,8 @@ class Host:
                 finally:
                     self._waiting -= take
             self.tally.leases(granted=len(leases))
-            self._changed.notify_all()  # the reaper has a new expiry to wait for
+            if leases:
+                self._have_reaped_by(now + ttl)
             described = [self._describe(lease) for lease in leases]
             leased = self._table.leased()
         for lease in leases:
@@ -268,6 +271,11 @@ class Host:
         self._clean(to_clean)
         return done
 
+    def _have_reaped_by(self, due: float) -> None:
+        """Have the reaper come then at the latest. The lock is held."""
+        if due < self._reaper_comes:  # most often it comes sooner anyway, and would only be in the way of who gets a lease
+            self._due.notify()
+
     def _reap(self) -> None:
         while True:
             with self._lock:
@@ -282,8 +290,9 @@ class Host:
                     self._table.prepare_again(slot)
                 if not expired and not again:
                     times = [self._table.next_expiry(), *self._retries.values()]
-                    following = min((one for one in times if one is not None), default=None)
-                    self._changed.wait(None if following is None else max(0.0, following - now))
+                    self._reaper_comes = min((one for one in times if one is not None), default=math.inf)
+                    self._due.wait(None if self._reaper_comes == math.inf else max(0.0, self._reaper_comes - now))
+                    self._reaper_comes = -math.inf
             for lease in overdue:
                 ids = {"slot": lease.slot, "lease": logs.lease_id(lease.token)}
                 log.warning("%s, lease %s: expired, as %s was not heard of", *ids.values(), lease.owner, extra=ids)
@@ -452,6 +461,7 @@ class Host:
             made = [spare.result() for spare in self._spares if spare.done()]
             tenancies += [spare for spare in made if spare is not None]
             self._changed.notify_all()
+            self._due.notify()
         for tenancy in tenancies:
             tenancy.cell.destroy()
         self._reaper.join()
