@@ -16,6 +16,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -277,6 +278,23 @@ def release_memory(process: int) -> None:
     :raises OSError: it could not be done.
     """
     syscall(_SYS_process_mrelease, ctypes.c_int(process), ctypes.c_uint(0))
+
+
+def timer() -> int:
+    """A descriptor that can be read when the time that :func:`set_timer` sets has passed, see timerfd_create(2)."""
+    fd = int(_libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_CLOEXEC))
+    if fd < 0:
+        raise _failed("timerfd_create")
+    return fd
+
+
+def set_timer(fd: int, seconds: float) -> None:
+    """Have a descriptor of :func:`timer` be readable in so many seconds, and not at the time that was set before."""
+    times = (ctypes.c_long * 4)(
+        0, 0, *divmod(max(1, int(seconds * 1e9)), 1_000_000_000)
+    )  # a struct itimerspec; 0 would be never
+    if _libc.timerfd_settime(fd, 0, times, None) < 0:
+        raise _failed("timerfd_settime")
 
 
 def inotify_init() -> int:

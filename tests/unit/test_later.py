@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from slotpool.sandbox.later import Later
+
+
+def test_each_is_done_in_its_turn_and_by_a_thread_for_it() -> None:
+    later = Later("test-later", 0.001)
+    done: list[tuple[int, str]] = []
+    last = threading.Event()
+    for i in range(20):
+        later.take(lambda i=i: done.append((i, threading.current_thread().name)))  # type: ignore[misc]
+    later.take(last.set)
+    assert last.wait(10)
+    assert done == [(i, "test-later") for i in range(20)]
+    again = threading.Event()
+    later.take(again.set)  # the timer has run out meanwhile
+    assert again.wait(10)
+    later.stop()
+
+
+def test_what_has_its_moment_later_is_done_before_it_stops_and_what_comes_after_that_at_once() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    later = Later("test-later", 3600.0)
+    done: list[int] = []
+    later.take(lambda: done.append(1))
+    assert done == []
+    for _ in range(2):
+        later.stop()
+    assert done == [1]
+    later.take(lambda: done.append(2))
+    assert done == [1, 2]
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_waits_is_bounded_and_nothing_is_forgotten() -> None:
