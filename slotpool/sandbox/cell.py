@@ -119,6 +119,8 @@ class Cell:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
         call.set_feed("script", zygote.framed(script))
+        if self.hurried:
+            call.let_go()
         if stdin is not None:
             call.set_feed("stdin", stdin)
         else:
@@ -255,6 +257,7 @@ class Call:
         self._cancelled = False
         self._killed = False
         self._has_told = False  # its process has told how its work has ended, and may not be dead yet
+        self._is_let_go = False  # see let_go()
         self._closed = False
         self.cell = cell
         self.feeds: list[Feed] = []
@@ -337,12 +340,21 @@ class Call:
         try:
             status = zygote.read_told(os.read(self.told, _MOST_TOLD))
         except OSError:
-            return None
+            status = None
         with self._lock:
-            if status is None or self._killed:
-                return None
-            self._has_told = self._ended = True
-            return status
+            if status is not None and not self._killed:
+                self._has_told = self._ended = True
+                return status
+        if not self._is_let_go:
+            self.let_go()
+            self.feed_all()
+        return None
+
+    def let_go(self) -> None:
+        """Have a shell die as soon as its command has ended, and not only when this is closed. At most once."""
+        self._is_let_go = True
+        script = next(feed for feed in self.feeds if feed.name == "script")
+        script.rest = memoryview(bytes(script.rest) + zygote.GO)
 
     def script_unread(self) -> bool:
         """Whether a shell has not read its script to the end. It runs nothing of it before."""
@@ -350,7 +362,7 @@ class Call:
         if script is None:
             return False
         (left,) = struct.unpack("i", fcntl.ioctl(script, termios.FIONREAD, b"\0" * 4))
-        return bool(left > 0)
+        return bool(left > len(zygote.GO))
 
     def kill(self) -> None:
         """Have the zygote kill the process and all that it started. Its status still comes."""

@@ -60,6 +60,10 @@ if TYPE_CHECKING:
 # that. Where it does not come to that line (exit, exec, set -e, a signal), its death tells. What the line itself would show of
 # a caller's set -x or traps goes into that pipe, where it is not understood, and its death tells.
 #
+# Then it waits until HEAR is closed, or GO comes. Else it would likely die on the very processor on which the server, which it
+# has just woken, waits to answer: calls 10 ms apart take a tenth less like that. Where calls come close upon another GO comes
+# with the script, as then there is no idle moment for its death.
+#
 # While the command runs both are closed, but for copies that none of its programs inherits. Bash has those where it
 # keeps such copies, from 10 on (bash(1), REDIRECTION: "greater than 9"). A command that looks as if it used those itself is
 # run by ALONE, the last thing in its script, instead; its death tells.
@@ -71,13 +75,15 @@ BOOTSTRAP = ";".join(
         "trap -p EXIT",
         f'read -rN9 -u{HEAR}&&read -rN$REPLY -u{HEAR}&&eval "$REPLY"',
         f'eval "shift;$1" {HEAR}<&- {TELL}>&-',
-        """{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;REPLY() { return "$1";};REPLY "$1";}"""
+        f"""{{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;read -rN1 -u{HEAR}||:;"""
+        """REPLY() { return "$1";};REPLY "$1";}"""
         f" >&{TELL} 2>&{TELL}",
     ]
 )
 ALONE = b'exec %d<&- %d>&-;eval "shift;$1";exit' % (HEAR, TELL)
 SHELL = "/bin/bash"
 
+GO = b"."
 STATUS = struct.Struct("!i")
 NOT_STARTED = -1  # in place of a wait status: the slot can start no more processes
 READY = b"ready"

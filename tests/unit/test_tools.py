@@ -241,7 +241,7 @@ def spawn(argv: list[str], cwd: str, script: bytes | None = None) -> Ended:
         os.close(tells)
         if script is not None:
             with open(says, "wb", buffering=0, closefd=False) as pipe, contextlib.suppress(BrokenPipeError):
-                pipe.write(zygote.framed(script))
+                pipe.write(zygote.framed(script) + zygote.GO)
         _, status = os.waitpid(pid, 0)
         os.set_blocking(learns, False)  # a background process may have it open yet
         try:
