@@ -195,6 +195,8 @@ class _CapData(ctypes.Structure):
 
 
 _CapWords = _CapData * 2
+_CAP_HEADER = ctypes.byref(_CapHeader(_CAPABILITY_VERSION_3, 0))
+_NO_CAPABILITIES = ctypes.byref(_CapWords())  # made before zygotes are forked, as each page that one writes to is copied
 
 
 def leave_session_keyring() -> None:
@@ -208,14 +210,11 @@ def leave_session_keyring() -> None:
 
 def drop_capabilities() -> None:
     """Give up every capability, in the bounding set too where that is allowed."""
+    # Ends with the last capability that the kernel knows (EINVAL), or at once if there is no CAP_SETPCAP to give up (EPERM).
     for cap in range(_LAST_CAP + 1):
-        try:
-            prctl(PR_CAPBSET_DROP, cap)
-        except OSError:  # the last capability is passed (EINVAL), or there is no CAP_SETPCAP to give up (EPERM)
+        if _prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0:
             break
-    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
-    data = _CapWords()
-    if _libc.capset(ctypes.byref(header), data) < 0:
+    if _libc.capset(_CAP_HEADER, _NO_CAPABILITIES) < 0:
         raise _failed("capset")
 
 
