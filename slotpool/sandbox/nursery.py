@@ -377,7 +377,6 @@ class BwrapSandbox(Sandbox):
             confine.exec_bwrap(self.order, waits, payload_out, (self._info, bwrap_info))
         for fd in (waits, payload_out, bwrap_info):
             os.close(fd)
-        self.nursery.watch(self._info, self._learn_first)
         self.nursery.watch(self._ready, self._join)
 
     def _learn_first(self) -> None:
@@ -385,7 +384,9 @@ class BwrapSandbox(Sandbox):
         self._told += told
         if told and not self._told.rstrip().endswith(b"}"):
             return
-        self._close(self._info)
+        if self._ending:
+            self.nursery.unwatch(self._info)
+        os.close(self._info)
         self._settled = True
         if self._told:
             # The id can't have been reused: bubblewrap waits for its child, and is itself a child that waits to be reaped.
@@ -400,7 +401,8 @@ class BwrapSandbox(Sandbox):
             self.kill()
 
     def _join(self) -> None:
-        while not self._settled:  # it was written before the payload could start
+        # It was written before the payload could start; in a dozen pieces, of which each would have woken this process.
+        while not self._settled:
             self._learn_first()
         said = os.read(self._ready, 4096)
         self._said += said
@@ -426,7 +428,8 @@ class BwrapSandbox(Sandbox):
 
     def kill(self) -> None:
         if not self._settled:
-            return  # _learn_first comes back here
+            self.nursery.watch(self._info, self._learn_first)  # which comes back here
+            return
         if self._hold is not None:
             os.close(self._hold)
             self._hold = None

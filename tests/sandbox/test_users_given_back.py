@@ -253,6 +253,29 @@ def test_it_is_kept_while_a_child_of_a_killed_bubblewrap_is_left(given: Given, m
         maker.close()
 
 
+_STUCK_AMID = """
+for word; do [ "$before" != --info-fd ] || info=$word; before=$word; done
+sleep 1044 &
+echo "{\\"child-pid\\": $!" >&$info
+echo "}" >&$info
+exec {info}>&-
+wait
+"""
+
+
+@pytest.mark.parametrize("maker", ["bwrap"], indirect=True)
+def test_it_is_given_back_once_a_bubblewrap_that_does_not_get_on_is_killed(
+    maker: TenancyMaker, given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Isolation.order
+    with monkeypatch.context() as patch:
+        patch.setattr(Isolation, "order", lambda *of: {**order(*of), "bwrap": ["/bin/bash", "-c", _STUCK_AMID, "stuck"]})
+        patch.setattr(cell, "START_LIMIT", 0.5)
+        with pytest.raises(SandboxStartFailed, match="did not stand"):
+            maker.make(network=False)
+    assert given.out(maker) == 0
+
+
 def _no_groups(*of: Any) -> cgroups.Groups:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
