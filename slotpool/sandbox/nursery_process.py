@@ -82,9 +82,9 @@ class NurseryProcess:
 
     def close(self) -> None:
         """End every sandbox and the nursery; returns when it has ended. Repeatable."""
+        self.undertaker.stop()  # first, as the nursery removes all that there is at its end, and does not expect others who do
         self._control.close()
         self.wait()
-        self.undertaker.stop()
 
 
 def _children() -> frozenset[int]:

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, wait_until
 
 from slotpool.errors import SandboxStartFailed
-from slotpool.sandbox import cell, cgroups, linux, trees, users
+from slotpool.sandbox import cell, cgroups, linux, trees, undertaker, users
 from slotpool.sandbox.isolation import Isolation, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -316,6 +316,28 @@ def test_its_files_are_gone_sooner_than_the_place_for_them_which_is_tried_again(
     _use_one(maker)
     assert given.out(maker) == 0
     assert os.listdir(maker._slots_dir) == []
+
+
+def test_at_its_end_a_server_removes_what_it_has_left_for_later_before_its_nursery_removes_all(
+    given: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(undertaker, "_PAUSE", 3600.0)
+    maker = TenancyMaker(HostConfig(slots=1, isolation="user"), NurseryProcess())
+    remove_tree = trees.remove_tree
+    beside: list[bool] = []
+
+    def removed(path: str) -> None:
+        if os.path.dirname(path) == maker._slots_dir:
+            beside.append(maker._nursery._process.poll() is None)
+        remove_tree(path)
+
+    try:
+        _use_one(maker)
+        monkeypatch.setattr(trees, "remove_tree", removed)
+    finally:
+        maker.close()
+    assert beside == [True, True], "of the sandbox that was tried out, and of that one"
+    assert sum(given.users.values()) == 0
 
 
 def test_it_is_given_back_once_however_often_an_end_is_asked_for(maker: TenancyMaker, given: Given) -> None:
