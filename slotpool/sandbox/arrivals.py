@@ -7,7 +7,7 @@ import select
 
 from . import linux
 
-_EVENTS = 1 << 18  # bytes of them that are read at once; the kernel keeps no more than some three times as many
+_EVENTS = 1 << 18  # bytes of them that are read at once
 
 
 class Arrivals:
@@ -25,6 +25,7 @@ class Arrivals:
         except BaseException:
             os.close(self._events)
             raise
+        self.begun = 0  # watches in all; each lasts as long as its directory, wherever that is moved
         self._poll = select.poll()
         self._poll.register(self._events, select.POLLIN)
         self._poll.register(self._mounts, select.POLLPRI)
@@ -34,7 +35,8 @@ class Arrivals:
 
         :raises OSError: it can't be read, or there are as many as may be.
         """
-        linux.inotify_add_watch(self._events, directory, linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_ATTRIB)
+        watch = linux.inotify_add_watch(self._events, directory, linux.IN_CREATE | linux.IN_MOVED_TO | linux.IN_ATTRIB)
+        self.begun = max(self.begun, watch)
 
     def any(self) -> bool:
         """Whether there may have been one since the last call; or before, if there were very many."""

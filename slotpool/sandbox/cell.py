@@ -346,15 +346,18 @@ class Call:
                 self._has_told = self._ended = True
                 return status
         if not self._is_let_go:
-            self.let_go()
-            self.feed_all()
+            self._feed(self.let_go())
         return None
 
-    def let_go(self) -> None:
-        """Have a shell die as soon as its command has ended, and not only when this is closed. At most once."""
+    def let_go(self) -> Feed:
+        """Have a shell die as soon as its command has ended, and not only when this is closed. At most once.
+
+        :return: what is to be written for that.
+        """
         self._is_let_go = True
         script = next(feed for feed in self.feeds if feed.name == "script")
         script.rest = memoryview(bytes(script.rest) + zygote.GO)
+        return script
 
     def script_unread(self) -> bool:
         """Whether a shell has not read its script to the end. It runs nothing of it before."""
@@ -362,7 +365,7 @@ class Call:
         if script is None:
             return False
         (left,) = struct.unpack("i", fcntl.ioctl(script, termios.FIONREAD, b"\0" * 4))
-        return bool(left > len(zygote.GO))
+        return bool(left > (len(zygote.GO) if self._is_let_go else 0))
 
     def kill(self) -> None:
         """Have the zygote kill the process and all that it started. Its status still comes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -9,6 +10,8 @@ from collections import deque
 from typing import Callable
 
 from . import linux
+
+log = logging.getLogger(__name__)
 
 _MOST = 256  # acts that wait; what they close is held open until then
 
@@ -32,7 +35,7 @@ class Later:
         self._thread.start()
 
     def take(self, act: Callable[[], None]) -> None:
-        """Call it soon; at once, if the thread does not keep up, or was stopped. It may not raise."""
+        """Call it soon; at once, if the thread does not keep up, or was stopped. It should not raise."""
         with self._lock:
             kept = len(self._acts) < _MOST and not self._stopped
             if kept:
@@ -48,7 +51,10 @@ class Later:
         while not stopped:
             os.read(self._timer, 8)
             for act in iter(self._next, None):
-                act()
+                try:
+                    act()
+                except Exception:
+                    log.exception("what was left for later failed; this is a defect of slotpool")
             with self._lock:
                 stopped = self._stopped and not self._acts
         os.close(self._timer)

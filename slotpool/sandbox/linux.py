@@ -304,10 +304,15 @@ def inotify_init() -> int:
     return fd
 
 
-def inotify_add_watch(fd: int, path: str, events: int) -> None:
-    """Have a descriptor of :func:`inotify_init` tell of those ``events``, a sum of ``IN_*``. A link is not followed."""
-    if _libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(events | _IN_DONT_FOLLOW)) < 0:
+def inotify_add_watch(fd: int, path: str, events: int) -> int:
+    """Have a descriptor of :func:`inotify_init` tell of those ``events``, a sum of ``IN_*``. A link is not followed.
+
+    :return: the watch; they are numbered from 1 on, and what is watched already keeps its own.
+    """
+    watch = int(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(events | _IN_DONT_FOLLOW)))
+    if watch < 0:
         raise _failed("inotify_add_watch")
+    return watch
 
 
 def complain(of: str) -> None:

@@ -101,7 +101,10 @@ class Nursery:
 
     def scratch(self, directories: Sequence[str]) -> Scratch:
         """What is known of these shared directories."""
-        return self._scratch.setdefault(tuple(directories), Scratch(directories))
+        key = tuple(directories)
+        if key not in self._scratch:
+            self._scratch[key] = Scratch(directories)
+        return self._scratch[key]
 
     def later(self, call: Callable[[], None], pause: float = _PAUSE) -> None:
         """Call it in a moment, by default because there is a shortage now."""
@@ -457,8 +460,10 @@ KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "b
 
 def main(argv: list[str]) -> None:
     control = socket.socket(fileno=_keep_to_ourselves(int(argv[0])))
-    # A descriptor tells of children's ends: to undo a signal's handler was a fifth of what a zygote does until it is ready.
+    # A descriptor tells of children's ends: to undo a signal's handler was a fifth of what a zygote does until it is ready. Nor
+    # may the signal be ignored, as who started the server may have had it: then there would be no ends to wait for.
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.umask(0o022)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -23,7 +23,6 @@ class Poller:
 
     def ready(self, timeout: float | None = None) -> Iterator[Callable[[], None]]:
         """Wait, at most ``timeout`` milliseconds, and give what is to be called, in turn."""
-        for fd, _ in self._poll.poll(timeout):
-            wake = self._wakes.get(fd)
-            if wake is not None:  # else an earlier one of this round has closed it
+        for fd, wake in [(fd, self._wakes[fd]) for fd, _ in self._poll.poll(timeout)]:
+            if self._wakes.get(fd) is wake:  # else an earlier one of this round has closed it, and it may be another's by now
                 yield wake

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from .arrivals import Arrivals
 
 _FEW_ENTRIES = 500
+_FEW_DIRECTORIES = 50  # to look into
+_MOST_WATCHES = 100  # that were begun, before one begins anew: they are of what all of root's programs may have together
 
 
 class Scratch:
     """Shared directories, and whose things are in them and in the directories in them that everybody may write to.
 
-    They are looked through again only if something may have come since, or if that can't be told.
+    They are looked through again only if something may have come since, or if that can't be told. What another user moves
+    amid a look, from a directory that was not looked through yet to one that was, is seen by the next.
     """
 
     def __init__(self, directories: Sequence[str]) -> None:
@@ -45,22 +48,22 @@ class Scratch:
         return [_identity(directory) for directory in self._directories]
 
     def _look(self) -> None:
+        if self._arrivals is not None and self._arrivals.begun > _MOST_WATCHES:
+            self._arrivals.close()
+            self._arrivals = None
         if self._arrivals is None:
             with contextlib.suppress(OSError):
                 self._arrivals = Arrivals()
         self._is_watched = self._arrivals is not None
         self._identities = self._identify()
-        found = [self._owners_in(directory) for directory in self._directories]
-        # It may have moved from where had not been looked yet to where that was done.
-        moved = self._has_come()
-        self._owners = [None] * len(found) if moved else found
-        self._is_known = self._is_watched and not moved
+        self._owners = [self._owners_in(directory) for directory in self._directories]
+        self._is_known = self._is_watched and None not in self._owners and not self._has_come()
 
     def _owners_in(self, top: str) -> set[int] | None:
         """None if that can't be seen, or not at little cost."""
         owners: set[int] = set()
         pending = [top]
-        entries_left = _FEW_ENTRIES
+        entries_left, directories_left = _FEW_ENTRIES, _FEW_DIRECTORIES
         while pending:
             directory = pending.pop()
             self._watch(directory)
@@ -74,6 +77,9 @@ class Scratch:
                             info = entry.stat(follow_symlinks=False)
                             owners.add(info.st_uid)
                             if stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_IWOTH:
+                                directories_left -= 1
+                                if directories_left <= 0:
+                                    return None
                                 pending.append(entry.path)
             except FileNotFoundError:
                 pass

@@ -87,6 +87,7 @@ class TenancyMaker:
         self._etc: list[tuple[str, str]] = []
         self._users_lock = threading.Lock()  # guards the ids that _users gives out
         self._left: deque[tuple[Place, Cell | None]] = deque()  # what could not be cleared when it should have been
+        self._told: set[str] = set()  # their directories, once the log has them
         try:
             directory = self._begin()
             self.socket_path = os.path.join(directory, "http.sock")
@@ -285,7 +286,9 @@ class TenancyMaker:
             self._keep(place, cell, e)
 
     def _keep(self, place: Place, cell: Cell | None, trouble: Exception) -> None:
-        log.warning("%s can't be cleared now, and is tried again: %s", place.directory, trouble)
+        if place.directory not in self._told:
+            log.warning("%s can't be cleared now, and is tried again: %s", place.directory, trouble)
+            self._told.add(place.directory)
         self._left.append((place, cell))
 
     def _try_again(self) -> None:
@@ -333,6 +336,7 @@ class TenancyMaker:
         except OSError as e:
             self._keep(place, None, e)
             return
+        self._told.discard(place.directory)
         if self._users is not None:
             with self._users_lock:
                 self._users.give_back(place.uid)

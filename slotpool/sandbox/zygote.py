@@ -62,7 +62,8 @@ if TYPE_CHECKING:
 #
 # Then it waits until HEAR is closed, or GO comes. Else it would likely die on the very processor on which the server, which it
 # has just woken, waits to answer: calls 10 ms apart take a tenth less like that. Where calls come close upon another GO comes
-# with the script, as then there is no idle moment for its death.
+# with the script, as then there is no idle moment for its death. A command may have made a function of `read`, and given
+# REPLY attributes by which to set it is an error: so it is the builtin, and another variable.
 #
 # While the command runs both are closed, but for copies that none of its programs inherits. Bash has those where it
 # keeps such copies, from 10 on (bash(1), REDIRECTION: "greater than 9"). A command that looks as if it used those itself is
@@ -75,7 +76,7 @@ BOOTSTRAP = ";".join(
         "trap -p EXIT",
         f'read -rN9 -u{HEAR}&&read -rN$REPLY -u{HEAR}&&eval "$REPLY"',
         f'eval "shift;$1" {HEAR}<&- {TELL}>&-',
-        f"""{{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;read -rN1 -u{HEAR}||:;"""
+        f"""{{ set -- "$?";trap -p EXIT;printf '%d\\n' "$1";trap - DEBUG ERR;builtin read -rN1 -u{HEAR} __go||:;"""
         """REPLY() { return "$1";};REPLY "$1";}"""
         f" >&{TELL} 2>&{TELL}",
     ]

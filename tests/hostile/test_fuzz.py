@@ -547,6 +547,36 @@ def _meet(
         return told
 
 
+def test_what_a_shell_tells_amid_its_input_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe of its input has room again just as that is seen to."""
+    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
+    control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with far_control:
+        made = Cell(order, control, lifeline, _AtOnce())  # type: ignore[arg-type]
+        call = made.shell(b"true", b"x" * 100_000)
+        hostile = _Zygote(far_control)
+        read_told = call.read_told
+
+        def drained() -> int | None:
+            hostile.act("drain", b"", 0)
+            return read_told()
+
+        monkeypatch.setattr(call, "read_told", drained)
+        ends: list[bool] = []
+        driver = Driver([Job(call, time.monotonic() + 10, 50, 60, lambda: ends.append(True))])
+        hostile.act("told", b"garbage", 0)
+        driver.step()
+        driver.step()  # the rest of its input
+        hostile.act("call", zygote.STATUS.pack(0), 0)
+        assert driver.run()
+        driver.close()
+        hostile.close()
+        far_lifeline.close()
+        made.destroy()
+    assert ends == [True]
+
+
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is silent is given up soon."""

@@ -224,6 +224,24 @@ def test_the_callers_directory_umask_and_signal_mask_do_no_harm(tmp_path: Path) 
     assert (done.stdout, done.stderr) == ("f\nf\nf\n", "")
 
 
+@pytest.mark.parametrize("mode", ["bwrap", "user", "none"])
+def test_a_caller_that_ignores_the_ends_of_its_children_does_no_harm(mode: str) -> None:
+    if why_not(mode):
+        pytest.skip(why_not(mode))
+    script = (
+        f"import sys; sys.path.append({PACKAGE!r})\n"
+        "import signal\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "from slotpool import SlotPool\n"
+        f"with SlotPool(isolation={mode!r}, slots_per_container=1, max_containers=1) as pool:\n"
+        "    for _ in range(2):\n"
+        "        with pool.slot() as s: print(s.bash('exit 3', timeout=10).exit_code)\n"
+    )
+    command = [sys.executable, "-I", "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("3\n3\n", "")
+
+
 def test_a_forked_child_that_lives_on_does_not_hold_up_stop() -> None:
     pool = SlotPool(slots_per_container=1, max_containers=1).start()
     child = os.fork()

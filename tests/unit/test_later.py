@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 
-from slotpool.sandbox.later import Later
+import pytest
+
+from slotpool.sandbox.later import Later, log
 
 
 def test_each_is_done_in_its_turn_and_by_a_thread_for_it() -> None:
@@ -24,8 +26,8 @@ def test_each_is_done_in_its_turn_and_by_a_thread_for_it() -> None:
 
 
 def test_what_has_its_moment_later_is_done_before_it_stops_and_what_comes_after_that_at_once() -> None:
-    before = len(os.listdir("/proc/self/fd"))
     later = Later("test-later", 3600.0)
+    timer = later._timer
     done: list[int] = []
     later.take(lambda: done.append(1))
     assert done == []
@@ -34,7 +36,20 @@ def test_what_has_its_moment_later_is_done_before_it_stops_and_what_comes_after_
     assert done == [1]
     later.take(lambda: done.append(2))
     assert done == [1, 2]
-    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(timer)
+
+
+def test_what_fails_is_logged_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(log, "exception", logged.append)
+    later = Later("test-later", 0.0)
+    done = threading.Event()
+    later.take(lambda: [][0])
+    later.take(done.set)
+    assert done.wait(10)
+    later.stop()
+    assert len(logged) == 1
 
 
 def test_what_waits_is_bounded_and_nothing_is_forgotten() -> None:

@@ -172,38 +172,42 @@ def test_what_comes_amid_a_look_is_seen_by_the_next(tree: Path, monkeypatch: pyt
     assert shared.may_have(OTHER)
 
 
-@pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
-def test_what_moves_amid_a_look_may_be_there(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _make_within(tree)
-    shared = Scratch([str(tree)])
-    scandir = os.scandir
-
-    def amid(path: str) -> object:
-        if path.endswith("open"):
-            monkeypatch.undo()
-            (tree / "open" / "file").rename(tree / "file")
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", amid)
-    assert shared.may_have(OTHER)
-    (tree / "file").unlink()
-    assert not shared.may_have(OTHER)
-
-
-def test_where_there_is_much_it_is_not_certain(tree: Path, looks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scratch, "_FEW_ENTRIES", 10)
+@pytest.mark.parametrize("kind", ["_FEW_ENTRIES", "_FEW_DIRECTORIES"])
+def test_where_there_is_much_it_is_not_certain(tree: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(scratch, kind, 10)
     shared = Scratch([str(tree)])
     assert not shared.may_have(OTHER)
     for i in range(10):
-        (tree / str(i)).touch()
+        (tree / str(i)).mkdir()
+        (tree / str(i)).chmod(0o777)
     assert shared.may_have(OTHER)
-    looks.clear()
-    assert shared.may_have(OTHER)
-    assert looks == []
     for i in range(10):
-        (tree / str(i)).unlink()
-    (tree / "another").touch()
+        (tree / str(i)).rmdir()
     assert not shared.may_have(OTHER)
+
+
+def _watches() -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fdinfo"):
+        with contextlib.suppress(FileNotFoundError):
+            found += Path("/proc/self/fdinfo", name).read_text().count("inotify wd:")
+    return found
+
+
+def test_what_is_watched_is_bounded(tree: Path, tmp_path: Path) -> None:
+    """Whoever moves what is watched away keeps its watch."""
+    shared = Scratch([str(tree)])
+    before = _watches()
+    most = 0
+    for i in range(20):
+        for j in range(40):
+            (tree / f"{i}-{j}").mkdir()
+            (tree / f"{i}-{j}").chmod(0o777)
+        shared.may_have(OTHER)
+        most = max(most, _watches() - before)
+        for j in range(40):
+            (tree / f"{i}-{j}").rename(tmp_path / f"{i}-{j}")
+    assert 40 < most <= scratch._MOST_WATCHES + scratch._FEW_DIRECTORIES
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can make files that are another's")
