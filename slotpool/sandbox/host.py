@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable
 
 from .._version import __version__
-from ..errors import SandboxStartFailed
+from ..errors import SandboxStartFailed, StartFailed
 from . import logs, protocol, tools, zygote
 from .capture import Driver, Job
 from .cell import Cell
@@ -39,6 +39,22 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAG
 def _drive(driver: Driver) -> None:
     driver.run()
     driver.close()
+
+
+def _executor(threads: int, name: str) -> ThreadPoolExecutor:
+    """One that has all its threads: what is to be ended is ended also where no more can be had at that moment.
+
+    :raises RuntimeError: they can't be had now.
+    """
+    executor = ThreadPoolExecutor(threads, name)
+    together = threading.Barrier(threads)
+    try:
+        for _ in range(threads):
+            executor.submit(together.wait)
+    except RuntimeError:
+        together.abort()
+        raise
+    return executor
 
 
 class Host:
@@ -74,8 +90,13 @@ class Host:
         self._closing = False
         self.warmer = Warmer()
         # Apart, so that none of what is to be ended goes on until sandboxes were made for all that ended before it.
-        self._enders = ThreadPoolExecutor(_ENDERS, "slotpool-end")
-        self._makers = ThreadPoolExecutor(_MAKERS, "slotpool-make")
+        try:
+            self._enders = _executor(min(_ENDERS, config.slots), "slotpool-end")
+            self._makers = _executor(min(_MAKERS, config.slots + _MOST_SPARES), "slotpool-make")
+        except RuntimeError as e:
+            self.warmer.stop()
+            self._maker.close()
+            raise StartFailed(f"this server needs more threads than it may have: {e}") from e
         for name in names:
             self._makers.submit(self._prepare, name)
         self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)

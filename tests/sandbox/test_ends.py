@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import PACKAGE, ROOT, StartServer, wait_until
 
+from slotpool.errors import StartFailed
 from slotpool.sandbox import cgroups, confine
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
@@ -52,6 +53,40 @@ def test_what_is_released_ends_while_sandboxes_are_made_for_what_was_before(monk
     finally:
         go_on.set()
         host.close()
+
+
+def _no_threads(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith(named):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+
+
+def test_leases_end_also_where_no_more_threads_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(HostConfig(slots=2, isolation="none"), NurseryProcess())
+    try:
+        assert wait_until(lambda: host.health()["counts"]["free"] == 2)
+        (released,) = host.lease("test", 60, 1, (), 20)["leases"]
+        (expiring,) = host.lease("test", 0.2, 1, (), 20)["leases"]
+        _no_threads(monkeypatch, "slotpool")
+        host.lease("test", 60, 0, [released["token"]], 0)
+        assert wait_until(lambda: host.health()["counts"]["free"] == 2), "by its time the other one, too"
+        assert not host.holds(expiring["slot"], expiring["token"])
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("named", ["slotpool-end", "slotpool-make"])
+def test_a_server_that_can_not_have_its_threads_says_so(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    _no_threads(monkeypatch, named)
+    nursery = NurseryProcess()
+    with pytest.raises(StartFailed, match="more threads than it may have"):
+        Host(HostConfig(slots=2, isolation="none"), nursery)
+    nursery.wait()
 
 
 def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
