@@ -69,6 +69,14 @@ def _failed(call: str) -> OSError:
     return OSError(code, f"{call}: {os.strerror(code)}")
 
 
+def _call(name: str, *args: object) -> int:
+    """A function of the C library that gives a number below 0 if it has failed."""
+    result = int(getattr(_libc, name)(*args))
+    if result < 0:
+        raise _failed(name)
+    return result
+
+
 def syscall(number: int, *args: object) -> int:
     """Make system call ``number``; of most new ones that is the same on every architecture, else see :func:`_number_of`."""
     result = int(_libc.syscall(ctypes.c_long(number), *args))
@@ -129,10 +137,7 @@ def child_signals() -> int:
     """A descriptor that is readable when a child has ended, see signalfd(2); not blocking. SIGCHLD has to be blocked."""
     mask = (ctypes.c_ulong * (128 // ctypes.sizeof(ctypes.c_ulong)))()  # a sigset_t of glibc's
     mask[0] = 1 << (signal.SIGCHLD - 1)
-    fd = int(_libc.signalfd(-1, mask, os.O_NONBLOCK | os.O_CLOEXEC))
-    if fd < 0:
-        raise _failed("signalfd")
-    return fd
+    return _call("signalfd", -1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def has_usual_policy() -> bool:
@@ -182,8 +187,7 @@ def slice_of(thread: int) -> int:
 
 
 def setns(fd: int, kind: int) -> None:
-    if _libc.setns(fd, kind) < 0:
-        raise _failed("setns")
+    _call("setns", fd, kind)
 
 
 class _CapHeader(ctypes.Structure):
@@ -214,16 +218,13 @@ def drop_capabilities() -> None:
     for cap in range(_LAST_CAP + 1):
         if _prctl(PR_CAPBSET_DROP, cap, 0, 0, 0) < 0:
             break
-    if _libc.capset(_CAP_HEADER, _NO_CAPABILITIES) < 0:
-        raise _failed("capset")
+    _call("capset", _CAP_HEADER, _NO_CAPABILITIES)
 
 
 def effective_capabilities() -> int:
     """A bit for each of the first 64 that this process has in effect."""
-    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
     data = _CapWords()
-    if _libc.capget(ctypes.byref(header), data) < 0:
-        raise _failed("capget")
+    _call("capget", _CAP_HEADER, data)
     return int(data[0].effective) | int(data[1].effective) << 32
 
 
@@ -281,27 +282,19 @@ def release_memory(process: int) -> None:
 
 def timer() -> int:
     """A descriptor that can be read when the time that :func:`set_timer` sets has passed, see timerfd_create(2)."""
-    fd = int(_libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_CLOEXEC))
-    if fd < 0:
-        raise _failed("timerfd_create")
-    return fd
+    return _call("timerfd_create", time.CLOCK_MONOTONIC, os.O_CLOEXEC)
 
 
 def set_timer(fd: int, seconds: float) -> None:
     """Have a descriptor of :func:`timer` be readable in so many seconds, and not at the time that was set before."""
-    times = (ctypes.c_long * 4)(
-        0, 0, *divmod(max(1, int(seconds * 1e9)), 1_000_000_000)
-    )  # a struct itimerspec; 0 would be never
-    if _libc.timerfd_settime(fd, 0, times, None) < 0:
-        raise _failed("timerfd_settime")
+    nanoseconds = max(1, int(seconds * 1e9))  # with 0 it would never be
+    times = (ctypes.c_long * 4)(0, 0, *divmod(nanoseconds, 1_000_000_000))  # a struct itimerspec
+    _call("timerfd_settime", fd, 0, times, None)
 
 
 def inotify_init() -> int:
     """A descriptor from which changes of files can be read, see inotify(7); not blocking."""
-    fd = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-    if fd < 0:
-        raise _failed("inotify_init1")
-    return fd
+    return _call("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def inotify_add_watch(fd: int, path: str, events: int) -> int:
@@ -309,10 +302,7 @@ def inotify_add_watch(fd: int, path: str, events: int) -> int:
 
     :return: the watch; they are numbered from 1 on, and what is watched already keeps its own.
     """
-    watch = int(_libc.inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(events | _IN_DONT_FOLLOW)))
-    if watch < 0:
-        raise _failed("inotify_add_watch")
-    return watch
+    return _call("inotify_add_watch", fd, os.fsencode(path), ctypes.c_uint32(events | _IN_DONT_FOLLOW))
 
 
 def complain(of: str) -> None:

@@ -298,10 +298,7 @@ class TenancyMaker:
                 place, cell = self._left.popleft()
             except IndexError:  # another thread was quicker
                 return
-            try:
-                self._bury(place, cell)
-            except (SandboxStartFailed, OSError):
-                self._left.append((place, cell))
+            self._discard(place, cell)
 
     def _bury(self, place: Place, cell: Cell | None, meanwhile: Callable[[], None] = lambda: None) -> None:
         if cell is not None and not cell.destroy(meanwhile):

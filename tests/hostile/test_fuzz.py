@@ -508,17 +508,22 @@ def _run(call: Call, hostile: _Zygote, before: list[Any], amid: list[Any]) -> st
     return "lost" if outcome.lost else "with a status"
 
 
+def _cell(stack: contextlib.ExitStack) -> tuple[Cell, socket.socket, socket.socket]:
+    """A sandbox from the server's side, and the far ends of its control socket and its lifeline."""
+    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
+    control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stack.callback(far_control.close)
+    stack.callback(far_lifeline.close)
+    return Cell(order, control, lifeline, _AtOnce()), far_control, far_lifeline  # type: ignore[arg-type]
+
+
 def _meet(
     greeting: tuple[bytes, int] | None, calls: list[tuple[str, list[Any], list[Any]]], end: tuple[bytes, int] | None
 ) -> str:
     """One sandbox from the server's side, from its start to its end."""
-    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
     with contextlib.ExitStack() as stack:
-        control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        stack.callback(far_control.close)
-        stack.callback(far_lifeline.close)
-        made = Cell(order, control, lifeline, _AtOnce())  # type: ignore[arg-type]
+        made, far_control, far_lifeline = _cell(stack)
         if greeting is None:
             far_control.close()
         elif greeting[0] != b"x" * 70_000:  # that one says nothing
@@ -549,11 +554,8 @@ def _meet(
 
 def test_what_a_shell_tells_amid_its_input_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipe of its input has room again just as that is seen to."""
-    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
-    control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with far_control:
-        made = Cell(order, control, lifeline, _AtOnce())  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        made, far_control, far_lifeline = _cell(stack)
         call = made.shell(b"true", b"x" * 100_000)
         hostile = _Zygote(far_control)
         read_told = call.read_told
