@@ -113,7 +113,7 @@ class Nursery:
     def _look(self, watch: Watch) -> None:
         pause = _REST
         try:
-            pause = watch.look({sandbox.order["uid"] for sandbox in self.living if sandbox.order["mode"] != "none"})
+            pause = watch.look([sandbox.order for sandbox in self.living if sandbox.order["mode"] != "none"])
         except OSError as e:
             pause = _AGAIN
             linux.complain(f"can't look at the sandboxes now, trying again: {e}")

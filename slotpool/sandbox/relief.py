@@ -11,6 +11,7 @@ the container its end is up to the kernel.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Collection
@@ -19,12 +20,17 @@ from . import census, linux
 from .census import Stat
 from .cgroups import Memory
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .order import Order
+
 _RESERVE = 48 << 20  # bytes for each processor, which fills that before the next look, if this one comes a little late
 _MOST_RESERVED = 0.25  # of what there may be
 _MUCH = 0.25  # of what there may be
 _FASTEST = 2 << 30  # bytes a second that one processor fills
 _PERIOD = 0.1  # seconds between two looks; one costs 70 microseconds
 _SHORTEST, _SOON = 0.005, 0.02
+_MOST_OF_TIME = 0.1  # of a processor, that looks may take while nothing is to be done
 _PATIENCE = 10  # looks in a row for which only a slot that has much is blamed, and only for as much as is needed
 _DEATH_LIMIT = 1.0  # seconds for which what was killed is expected to give its memory back
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -38,26 +44,29 @@ class Relief:
         self._patience = _PATIENCE
         self._killed: dict[tuple[int, bytes], tuple[float, int]] = {}  # by id and start: when, and the bytes that they had
 
-    def look(self, users: Collection[int]) -> float:
-        """Kill what has become too much; the seconds until the next look.
-
-        :param users: the sandboxes', one each, if this is root; else that of this process.
-        """
-        limit, held, processors = self._memory.limit(), self._memory.held(), len(os.sched_getaffinity(0))
+    def look(self, sandboxes: Collection[Order]) -> float:
+        """Kill what has become too much; the seconds until the next look."""
+        began = time.monotonic()
+        limit, held, processors = self._memory.limit(), self._memory.used(), len(os.sched_getaffinity(0))
         reserve = min(_RESERVE * processors, int(_MOST_RESERVED * limit))
+        if held > limit - reserve:  # with what is in files, which may be most of it at all times
+            held = self._held(sandboxes, limit)
         if held > limit - reserve:
-            began = time.monotonic()
-            soon = bool(users) and self._make_room(users, limit, limit - 2 * reserve)
+            soon = bool(sandboxes) and self._make_room(sandboxes, limit, limit - 2 * reserve)
             return max(_SOON, time.monotonic() - began) if soon else _PERIOD
         self._patience = _PATIENCE
-        return max(_SHORTEST, min(_PERIOD, (limit - reserve - held) / (_FASTEST * processors)))
+        pause = min(_PERIOD, (limit - reserve - held) / (_FASTEST * processors))
+        return max(_SHORTEST, pause, (time.monotonic() - began) / _MOST_OF_TIME)
 
-    def _make_room(self, users: Collection[int], limit: int, enough: int) -> bool:
+    def _held(self, sandboxes: Collection[Order], limit: int) -> int:
+        return self._memory.held(itertools.chain.from_iterable(order["groups"] for order in sandboxes), _MUCH * limit)
+
+    def _make_room(self, sandboxes: Collection[Order], limit: int, enough: int) -> bool:
         """Kill processes of the sandbox that has most, until no more than ``enough`` is held; whether to look again soon."""
         now = time.monotonic()
         dying: dict[tuple[int, bytes], tuple[float, int]] = {}
-        sandboxes = []
-        for processes in census.take(users).values():
+        found = []
+        for processes in census.take({order["uid"] for order in sandboxes}).values():
             sizes = []
             for pid, stat in processes.items():
                 if stat[census.STATE] == b"Z" and stat[census.NUM_THREADS] == b"1":  # it has given all back
@@ -68,14 +77,15 @@ class Relief:
                     dying[key] = killed, 0 if census.release_memory(pid, stat) else size
                 else:
                     sizes.append((_anonymous(pid, stat), pid, stat))
-            sandboxes.append((sum(size for size, _, _ in sizes), sorted(sizes, reverse=True)))
-        needed = self._memory.held() - enough - sum(size for _, size in dying.values())  # now, as some may just have died
+            found.append((sum(size for size, _, _ in sizes), sorted(sizes, reverse=True)))
+        held = self._held(sandboxes, limit)  # now, as some may just have died
+        needed = held - enough - sum(size for _, size in dying.values())
         self._killed = dying
         if needed <= 0:
             return True
-        if sum(total for total, _ in sandboxes) < needed:  # it is not theirs, or one is dying, and nobody tells what it had
+        if sum(total for total, _ in found) < needed:  # it is not theirs, or one is dying, and nobody tells what it had
             return bool(dying)
-        most, sizes = max(sandboxes)
+        most, sizes = max(found)
         if self._patience and most < max(needed, _MUCH * limit):
             self._patience -= 1
             return True

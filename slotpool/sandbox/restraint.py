@@ -24,6 +24,10 @@ from collections.abc import Collection, Mapping
 from . import census, confine, linux
 from .census import Stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .order import Order
+
 _PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
 _MOST_OF_TIME = 0.1  # of a processor, that looks may take then
 _BUSY = 4  # threads for each processor, from which on it is too many; `make -j$(nproc)` has a quarter of that
@@ -61,16 +65,13 @@ class Restraint:
         self._restrained: dict[int, dict[int, bytes]] = {}  # by sandbox: its threads when it was last, and when they started
         self._escapes: dict[int, list[float]] = {}  # by sandbox: when one of these was found free again
 
-    def look(self, users: Collection[int]) -> float:
-        """Restrain the sandboxes for which that has become necessary; the seconds until the next look.
-
-        :param users: theirs, one each, if this is root; else that of this process.
-        """
+    def look(self, sandboxes: Collection[Order]) -> float:
+        """Restrain those for which that has become necessary; the seconds until the next look."""
         began = time.thread_time()  # not what it waits for a processor: there this is needed most
         processors = sorted(os.sched_getaffinity(0))
         most = _BUSY * len(processors)
-        if users and linux.threads()[0] > most:
-            self._look_at_all(users, most, set(processors[len(processors) // 2 :]))
+        if sandboxes and linux.threads()[0] > most:
+            self._look_at_all({order["uid"] for order in sandboxes}, most, set(processors[len(processors) // 2 :]))
         return max(_PERIOD, (time.thread_time() - began) / _MOST_OF_TIME)
 
     def _look_at_all(self, users: Collection[int], most: int, half: set[int]) -> None:

@@ -87,18 +87,20 @@ def group(directory: Path, files: dict[str, str]) -> None:
 
 def test_the_memory_of_the_group_that_may_have_least_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "top").mkdir()
-    group(tmp_path / "top" / "service", {"memory.max": "1000000\n", "memory.stat": "file 3\nanon 700\nanon_thp 2\n"})
+    files = {"memory.max": "1000000\n", "memory.stat": "file 3\nanon 700\nanon_thp 2\n", "memory.current": "720\n"}
+    group(tmp_path / "top" / "service", files)
     group(tmp_path / "top" / "service" / "slotpool", {"memory.max": "max\n", "memory.stat": "anon 5\nfile 1\n"})
     mounts = f"30 20 0:26 / {tmp_path}/top rw,nosuid - cgroup2 cgroup2 rw\n"
     place(monkeypatch, "1:name=systemd:/elsewhere\n0::/service/slotpool\n", mounts)
     memory = cgroups.limited_memory()
     assert memory is not None
-    assert (memory.limit(), memory.held()) == (1_000_000, 700)
+    assert (memory.limit(), memory.used(), memory.held([], 1)) == (1_000_000, 720, 700)
 
 
 def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stat = "cache 9\nrss 1\ntotal_cache 9\ntotal_rss 800\ntotal_rss_huge 0\n"
-    group(tmp_path / "memory", {"memory.limit_in_bytes": "2000000\n", "memory.stat": stat})
+    files = {"memory.limit_in_bytes": "2000000\n", "memory.stat": stat, "memory.usage_in_bytes": "820\n"}
+    group(tmp_path / "memory", files)
     (tmp_path / "unified").mkdir()
     mounts = (
         f"30 20 0:26 /docker/x {tmp_path}/memory ro - cgroup cgroup rw,memory\n"
@@ -107,7 +109,26 @@ def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch,
     place(monkeypatch, "4:memory:/docker/x\n0::/docker/x\n", mounts)
     memory = cgroups.limited_memory()
     assert memory is not None
-    assert (memory.limit(), memory.held()) == (2_000_000, 800)
+    assert (memory.limit(), memory.used(), memory.held([], 1)) == (2_000_000, 820, 800)
+
+
+def test_large_groups_within_are_asked_too_as_what_is_told_of_the_outer_one_is_old(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def told(used: int, held: int) -> dict[str, str]:
+        return {"memory.current": f"{used}\n", "memory.stat": f"anon {held}\n"}
+
+    own = tmp_path / "own"
+    group(own, {"memory.max": "1000\n", **told(980, 100)})
+    for name, files in (("large", told(600, 500)), ("other", told(300, 250)), ("small", told(99, 90))):
+        group(own / name, files)
+    group(tmp_path / "elsewhere", told(800, 800))
+    place(monkeypatch, "0::/own\n", f"30 20 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
+    memory = cgroups.limited_memory()
+    assert memory is not None
+    joined = [f"{own}/{name}/cgroup.procs" for name in ("small", "gone", "other", "large")]
+    assert memory.held([*joined, f"{tmp_path}/elsewhere/cgroup.procs"], 100) == 750
+    assert memory.held([*joined[:2], f"{tmp_path}/elsewhere/cgroup.procs"], 100) == 100
 
 
 @pytest.mark.parametrize("limit", ["max", str(1 << 62)])
