@@ -12,7 +12,7 @@ import fcntl
 import os
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from . import linux
@@ -144,8 +144,10 @@ def _make(version: int, parents: Sequence[str], memory: int | None, cpus: float 
 class Memory:
     """The memory of a control group that has a limit."""
 
-    def __init__(self, directory: str, limit_file: str, used_file: str, held: bytes) -> None:
-        self._directory = directory
+    def __init__(self, way: Sequence[str], limit_file: str, used_file: str, held: bytes) -> None:
+        """:param way: from the group that this process is in up to that one."""
+        self._way = way
+        self._directory = way[-1]
         self._limit_file = limit_file
         self._used_file = used_file
         self._held = b"\n%b " % held
@@ -156,24 +158,32 @@ class Memory:
         return sys.maxsize if told == b"max" else int(told)
 
     def used(self) -> int:
-        """Bytes that it has, of processes and of files."""
+        """Bytes that it has, of processes, of files and of the kernel."""
         return self._used_by(self._directory)
 
-    def held(self, joined: Iterable[str], much: float) -> int:
+    def held(self, joined: Iterable[str], large: float) -> int:
         """Bytes of it that processes have, and no file.
 
-        What the kernel tells of a group with groups in it can be two seconds old: an inner one with news that nobody has asked
-        for passes no word of more on (Linux 6.18, mm/memcontrol.c, memcg_rstat_updated). So the large ones are asked first.
+        What the kernel tells of a group with groups in it can be seconds old: an inner one with news that nobody has asked for
+        passes no word of more on (Linux 6.18, mm/memcontrol.c, memcg_rstat_updated). So those that are large are asked first,
+        and then the outer ones, each of which can't have less.
 
         :param joined: see :meth:`Groups.make`; those that are not in this group don't matter.
-        :param much: bytes from which on one is large.
+        :param large: bytes.
         """
-        inner = 0
+        asked = set(self._way)
         for directory in map(os.path.dirname, joined):
             if directory.startswith(f"{self._directory}/"):
+                asked.add(os.path.dirname(directory))
                 with contextlib.suppress(OSError):  # it is gone
-                    inner += self._held_by(directory) if self._used_by(directory) >= much else 0
-        return max(inner, self._held_by(self._directory))
+                    if self._used_by(directory) >= large:
+                        asked.add(directory)
+        held: dict[str, int] = defaultdict(int)
+        for directory in sorted(asked, key=len, reverse=True):
+            with contextlib.suppress(OSError):  # it has just gone
+                held[directory] = max(held[directory], self._held_by(directory))
+            held[os.path.dirname(directory)] += held[directory]
+        return min(held[self._directory], self.used())
 
     def _used_by(self, directory: str) -> int:
         return int(linux.read(f"{directory}/{self._used_file}"))
@@ -191,9 +201,10 @@ def limited_memory() -> Memory | None:
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", b"total_rss"),
     ):
         with contextlib.suppress(OSError):
+            way = _ways_up(controller)
             found += [
-                Memory(directory, limit, used, held)
-                for directory in _ways_up(controller)
+                Memory(way[: n + 1], limit, used, held)
+                for n, directory in enumerate(way)
                 if os.path.exists(f"{directory}/{limit}")
             ]
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

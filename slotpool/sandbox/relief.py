@@ -28,9 +28,10 @@ _RESERVE = 48 << 20  # bytes for each processor, which fills that before the nex
 _MOST_RESERVED = 0.25  # of what there may be
 _MUCH = 0.25  # of what there may be
 _FASTEST = 2 << 30  # bytes a second that one processor fills
-_PERIOD = 0.1  # seconds between two looks; one costs 70 microseconds
+_PERIOD = 0.1  # seconds between two looks
 _SHORTEST, _SOON = 0.005, 0.02
-_MOST_OF_TIME = 0.1  # of a processor, that looks may take while nothing is to be done
+_MOST_OF_TIME = 0.1  # of a processor, that looks may take; each asks all control groups, which takes 20 microseconds for one
+_LARGE = 1 / 16  # of what there may be: a group that has it is asked for more, which takes 200
 _PATIENCE = 10  # looks in a row for which only a slot that has much is blamed, and only for as much as is needed
 _DEATH_LIMIT = 1.0  # seconds for which what was killed is expected to give its memory back
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -46,20 +47,21 @@ class Relief:
 
     def look(self, sandboxes: Collection[Order]) -> float:
         """Kill what has become too much; the seconds until the next look."""
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.thread_time()
         limit, held, processors = self._memory.limit(), self._memory.used(), len(os.sched_getaffinity(0))
         reserve = min(_RESERVE * processors, int(_MOST_RESERVED * limit))
-        if held > limit - reserve:  # with what is in files, which may be most of it at all times
+        fastest = _FASTEST * processors
+        if limit - reserve - held < _PERIOD * fastest:  # with what is in files, which may be most of it at all times
             held = self._held(sandboxes, limit)
         if held > limit - reserve:
             soon = bool(sandboxes) and self._make_room(sandboxes, limit, limit - 2 * reserve)
             return max(_SOON, time.monotonic() - began) if soon else _PERIOD
         self._patience = _PATIENCE
-        pause = min(_PERIOD, (limit - reserve - held) / (_FASTEST * processors))
-        return max(_SHORTEST, pause, (time.monotonic() - began) / _MOST_OF_TIME)
+        cost = time.thread_time() - cpu_began  # not what it waits for a processor: there this is needed most
+        return min(_PERIOD, max(_SHORTEST, (limit - reserve - held) / fastest, cost / _MOST_OF_TIME))
 
     def _held(self, sandboxes: Collection[Order], limit: int) -> int:
-        return self._memory.held(itertools.chain.from_iterable(order["groups"] for order in sandboxes), _MUCH * limit)
+        return self._memory.held(itertools.chain.from_iterable(order["groups"] for order in sandboxes), _LARGE * limit)
 
     def _make_room(self, sandboxes: Collection[Order], limit: int, enough: int) -> bool:
         """Kill processes of the sandbox that has most, until no more than ``enough`` is held; whether to look again soon."""

@@ -112,23 +112,30 @@ def test_so_it_does_of_version_1_in_a_container(monkeypatch: pytest.MonkeyPatch,
     assert (memory.limit(), memory.used(), memory.held([], 1)) == (2_000_000, 820, 800)
 
 
-def test_large_groups_within_are_asked_too_as_what_is_told_of_the_outer_one_is_old(
+def test_large_groups_within_are_asked_first_as_what_is_told_of_an_outer_one_may_be_old(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def told(used: int, held: int) -> dict[str, str]:
         return {"memory.current": f"{used}\n", "memory.stat": f"anon {held}\n"}
 
-    own = tmp_path / "own"
-    group(own, {"memory.max": "1000\n", **told(980, 100)})
+    service = tmp_path / "service"
+    own, server = service / "own", service / "own" / "server"
+    group(service, {"memory.max": "1000\n", **told(980, 100)})
+    group(own, {"memory.max": "max\n", **told(970, 110)})
+    group(server, told(960, 120))
     for name, files in (("large", told(600, 500)), ("other", told(300, 250)), ("small", told(99, 90))):
-        group(own / name, files)
+        group(server / name, files)
     group(tmp_path / "elsewhere", told(800, 800))
-    place(monkeypatch, "0::/own\n", f"30 20 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
+    place(monkeypatch, "0::/service/own\n", f"30 20 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
     memory = cgroups.limited_memory()
     assert memory is not None
-    joined = [f"{own}/{name}/cgroup.procs" for name in ("small", "gone", "other", "large")]
-    assert memory.held([*joined, f"{tmp_path}/elsewhere/cgroup.procs"], 100) == 750
-    assert memory.held([*joined[:2], f"{tmp_path}/elsewhere/cgroup.procs"], 100) == 100
+    assert memory.held([], 100) == 110  # the way up is known
+    joined = [f"{directory}/cgroup.procs" for directory in (server / "small", server / "gone", tmp_path / "elsewhere")]
+    assert memory.held(joined, 100) == 120
+    joined += [f"{server}/{name}/cgroup.procs" for name in ("other", "large")]
+    assert memory.held(joined, 100) == 750
+    (service / "memory.current").write_text("740\n")  # what is told may be old also in that all of that has been given back
+    assert memory.held(joined, 100) == 740
 
 
 @pytest.mark.parametrize("limit", ["max", str(1 << 62)])
