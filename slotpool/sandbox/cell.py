@@ -189,7 +189,7 @@ class Cell:
             return self._dead is True
 
     def _end(self, meanwhile: Callable[[], None]) -> bool | None:
-        dead = False
+        told = b""
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
             if self.order["mode"] != "none" and self._control.fileno() >= 0:  # as it is the first time
@@ -199,27 +199,24 @@ class Cell:
             self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)
             self._has_waited = True
             told, namespaces = linux.receive(self._lifeline, 64, 8)
-            if namespaces:
-                self._undertaker.take(lambda: _close_all(namespaces))
-            dead = told == nursery.DEAD
         except (socket.timeout, BlockingIOError):
+            self._control.close()
             return None
         except OSError:
-            pass
-        finally:
-            self._control.close()
+            namespaces = []
+        self._undertaker.take(lambda: self._close(namespaces))
+        return told == nursery.DEAD
+
+    def _close(self, namespaces: Sequence[int]) -> None:
+        self._control.close()
         self._lifeline.close()
-        return dead
+        for fd in namespaces:
+            os.close(fd)
 
 
 def _close_calls(calls: Sequence[Call]) -> None:
     for call in calls:
         call.close()
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def _widen(pipe: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import resource
 import signal
@@ -172,9 +173,8 @@ def kill_user(uid: int, killer: int, groups: Sequence[str]) -> None:
     """Kill all processes of user ``uid``. As root, in a process without threads.
 
     By one kill(2) of -1, which reaches whatever its caller may signal, and what has the signal pending can't fork. That looks
-    at every process of the machine, which was 39 % of what it took to end a thousand slots. So if there are very many it is for
-    those that their control group lists; one that is just being started may be left then, and is to be looked for and killed
-    with no ``groups``.
+    at every process of the machine, see :func:`is_crowded`. With ``groups`` it is for those that their control group lists; one
+    that is just being started may be left then, and is to be looked for and killed with no ``groups``.
 
     Meanwhile this process is ``uid`` in effect, without capabilities; and in reality ``killer``, whom nobody else is, so that
     it may signal nobody else, and those that it kills may not signal it.
@@ -182,15 +182,25 @@ def kill_user(uid: int, killer: int, groups: Sequence[str]) -> None:
     :param groups: the files to join their groups; may be none.
     :raises OSError: it has not been done.
     """
-    by_group = bool(groups) and _is_crowded()
     with as_user(uid, killer):
-        if os.getresuid() != (killer, uid, 0) or linux.effective_capabilities():
-            raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
-        if not by_group or not _kill_members(groups[0]):
+        _check_is_powerless()
+        if not groups or not _kill_members(groups[0]):
             killing.send(-1, signal.SIGKILL)
 
 
-def _is_crowded() -> bool:
+@functools.cache
+def _check_is_powerless() -> None:
+    """Once, as what another user has of root's capabilities only this process itself could change, see capabilities(7),
+    SECBIT_NO_SETUID_FIXUP.
+    """
+    if 0 in os.getresuid()[:2] or linux.effective_capabilities():
+        raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
+
+
+def is_crowded() -> bool:
+    """Whether there are so many threads on this machine that to kill by -1 takes longer than by a group's list: it was 39 % of
+    what it took to end a thousand slots.
+    """
     try:
         _, threads = linux.threads()
     except OSError:  # it is not told here

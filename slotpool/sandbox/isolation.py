@@ -49,7 +49,9 @@ _HOW_TO_GET = (
 class Place:
     """What one sandbox is made for."""
 
-    directory: str  # of the lease, on this machine: `workspace` and, but for bwrap mode, `tmp` are in it
+    own = ("workspace", "tmp")  # names in `directory` of what is the slot's; in mode bwrap there is no `tmp`
+
+    directory: str  # of the lease, on this machine
     etc: Sequence[tuple[str, str]]  # what a bwrap slot sees below /etc, see make_etc
     uid: int
     gid: int
@@ -59,11 +61,11 @@ class Place:
 
     @property
     def workspace(self) -> str:
-        return os.path.join(self.directory, "workspace")
+        return os.path.join(self.directory, self.own[0])
 
     @property
     def tmp(self) -> str:
-        return os.path.join(self.directory, "tmp")
+        return os.path.join(self.directory, self.own[1])
 
 
 @attr.s(slots=True, auto_attribs=True, frozen=True)

@@ -17,7 +17,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -228,35 +228,15 @@ def effective_capabilities() -> int:
     return int(data[0].effective) | int(data[1].effective) << 32
 
 
-def remove_ipc_objects(uid: int) -> None:
-    """Remove the System V shared memory, semaphores and message queues that user ``uid`` owns. As root, without threads.
+def remove_ipc_object(kind: str, ident: int) -> None:
+    """Remove System V shared memory (``shm``), semaphores (``sem``) or a message queue (``msg``).
 
-    As that user, since in a container root may remove no one else's (it lacks CAP_SYS_ADMIN).
+    :raises OSError: it is not there, or another user's.
     """
-    os.seteuid(uid)
-    try:
-        _remove_ipc_objects(uid)
-    finally:
-        os.seteuid(0)
-
-
-def _remove_ipc_objects(uid: int) -> None:
-    removers: dict[str, Callable[[int], int]] = {
-        "shm": lambda ident: _libc.shmctl(ident, _IPC_RMID, None),
-        "sem": lambda ident: _libc.semctl(ident, 0, _IPC_RMID),
-        "msg": lambda ident: _libc.msgctl(ident, _IPC_RMID, None),
-    }
-    for kind, remove in removers.items():
-        try:
-            header, *lines = read(f"/proc/sysvipc/{kind}").decode().splitlines()
-        except FileNotFoundError:  # a kernel without System V IPC
-            continue
-        names = header.split()
-        for line in lines:
-            row = dict(zip(names, line.split()))
-            ident = int(row["msqid" if kind == "msg" else f"{kind}id"])
-            if uid in (int(row["uid"]), int(row["cuid"])) and remove(ident) < 0:
-                raise _failed(f"{kind}ctl")
+    if kind == "sem":
+        _call("semctl", ident, 0, _IPC_RMID)
+    else:
+        _call(f"{kind}ctl", ident, _IPC_RMID, None)
 
 
 class _OpenHow(ctypes.Structure):

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from . import cgroups, confine, killing, linux, restraint, trees, zygote
+from .ipc import IpcObjects
 from .poller import Poller
 from .relief import Relief
 from .restraint import Restraint
@@ -62,6 +63,8 @@ class Nursery:
         self.exited: dict[int, Callable[[bool], None]] = {}  # by process id; told whether its status was 0
         self.bereaved: dict[int, Callable[[], None]] = {}  # by user id; called when processes of that user have been waited for
         self.living: set[Sandbox] = set()
+        self.ipc_objects = IpcObjects()
+        self.is_crowded = False  # see confine.is_crowded(); when a sandbox was made last
         self._serving = True
         self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
@@ -295,6 +298,7 @@ class UserSandbox(Sandbox):
     _dying = False  # killed, and not seen to be dead yet
 
     def start(self) -> None:
+        self.nursery.is_crowded = confine.is_crowded()  # not as one ends, when somebody may wait for that
         self._zygote = self.fork_zygote(lambda: confine.become_user(self.order["uid"], self.order["gid"]))
         self.nursery.exited[self._zygote] = self._zygote_exited
 
@@ -302,11 +306,11 @@ class UserSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
-        groups = () if self._dying else self.order["groups"]  # what the first time has left may be in none of them
+        by_groups = self.nursery.is_crowded and not self._dying  # what the first time has left may be in none of them
         self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
         try:
-            confine.kill_user(self.order["uid"], self.order["killer"], groups)
+            confine.kill_user(self.order["uid"], self.order["killer"], self.order["groups"] if by_groups else ())
         except OSError as e:
             linux.complain(f"can't end a sandbox now, trying again: {e}")
         # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.
@@ -330,7 +334,7 @@ class UserSandbox(Sandbox):
         """Remove what it has left in shared places; apart, if that may take a while."""
         uid, scratch = self.order["uid"], self.order["scratch"]
         try:
-            linux.remove_ipc_objects(uid)
+            self.nursery.ipc_objects.remove(uid)
         except OSError as e:
             linux.complain(f"can't clear up after a sandbox now, trying again: {e}")
             self.nursery.later(self._clear, _AGAIN)

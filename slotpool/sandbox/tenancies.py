@@ -313,8 +313,7 @@ class TenancyMaker:
             log.debug("%s could not be emptied at once", place.directory, exc_info=True)
 
     def _empty(self, place: Place) -> None:
-        for path in (place.workspace, place.tmp):
-            trees.empty_tree(path)
+        trees.empty_trees(place.directory, place.own)
 
     def _clear(self, place: Place) -> None:
         """Empty it, and see that it is empty. No process is in it.

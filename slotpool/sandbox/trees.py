@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_PENDING = 10_000  # directories that are known and not removed yet
@@ -23,38 +23,39 @@ def remove_tree(path: str) -> None:
 
     :raises OSError: if something can't be removed.
     """
-    with _parent_of(path) as parent:
+    directory, name = os.path.split(path.rstrip("/"))
+    with _opened(directory or ".") as parent:
         if parent is not None:
-            _remove(os.path.basename(path.rstrip("/")), parent)
+            _remove(name, parent)
 
 
-def empty_tree(path: str) -> None:
-    """The same, but for the directory ``path`` itself, whose mode may be another then. Seen to be empty when this returns.
+def empty_trees(directory: str, names: Iterable[str]) -> None:
+    """The same for these directories in ``directory``, but they stay themselves, maybe with another mode. Seen to be empty when
+    this returns, those that are there.
 
     Where there is nothing it takes a tenth of the time: to remove a directory is much work for a file system, ext4 say.
 
     :raises OSError: if something can't be removed.
     """
-    with _parent_of(path) as parent:
-        if parent is None:
-            return
-        name = os.path.basename(path.rstrip("/"))
-        if not _is_empty(name, parent):
-            _empty(name, parent)
+    with _opened(directory) as parent:
+        if parent is not None:
+            for name in names:
+                if not _is_empty(name, parent):
+                    _empty(name, parent)
 
 
 @contextlib.contextmanager
-def _parent_of(path: str) -> Iterator[int | None]:
-    """Its descriptor; None if there is none."""
+def _opened(directory: str) -> Iterator[int | None]:
+    """None if it is not there."""
     try:
-        parent = os.open(os.path.dirname(path.rstrip("/")) or ".", os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
+        fd = os.open(directory, os.O_RDONLY | _DIRECTORY & ~os.O_NOFOLLOW)
     except FileNotFoundError:
         yield None
         return
     try:
-        yield parent
+        yield fd
     finally:
-        os.close(parent)
+        os.close(fd)
 
 
 def _is_empty(name: str, parent: int) -> bool:

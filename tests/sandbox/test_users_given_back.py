@@ -287,6 +287,9 @@ def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: py
     maker = TenancyMaker(HostConfig(slots=1, isolation="user"), NurseryProcess())
     try:
         tenancy = maker.make(network=True)
+        left = Path("/var/tmp", tenancy.place.directory.rpartition("/")[2])
+        left.touch()
+        os.chown(left, tenancy.place.uid, -1)
         has = _descriptors(maker._nursery.pid)
         with monkeypatch.context() as patch, _limited_nursery(maker, next(fd for fd in itertools.count() if fd not in has)):
             patch.setattr(cell, "DEATH_LIMIT", 0.5)
@@ -295,6 +298,7 @@ def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: py
             assert given.out(maker) == 1
 
         assert wait_until(lambda: _is_ended(maker, tenancy, given))
+        assert not left.exists()
     finally:
         maker.close()
 

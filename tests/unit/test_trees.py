@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from slotpool.sandbox import trees
-from slotpool.sandbox.trees import empty_tree, remove_owned, remove_tree
+from slotpool.sandbox.trees import empty_trees, remove_owned, remove_tree
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534
@@ -92,7 +92,7 @@ def test_an_emptied_directory_stays(tmp_path: Path, mode: int) -> None:
     before = descriptors()
     for _ in range(2):  # the second time there is nothing to be removed
         tree.chmod(mode)
-        empty_tree(f"{tree}/")
+        empty_trees(str(tmp_path), ("other", "tree"))
         tree.chmod(0o700)
         assert os.listdir(tree) == []
     assert os.listdir(tmp_path) == ["tree"]
@@ -100,8 +100,8 @@ def test_an_emptied_directory_stays(tmp_path: Path, mode: int) -> None:
 
 
 def test_to_empty_what_is_not_there_is_no_error(tmp_path: Path) -> None:
-    empty_tree(str(tmp_path / "none"))
-    empty_tree(str(tmp_path / "none" / "within"))
+    empty_trees(str(tmp_path), ["none"])
+    empty_trees(str(tmp_path / "none"), ["within"])
     assert os.listdir(tmp_path) == []
 
 
@@ -110,7 +110,7 @@ def test_a_link_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "real" / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(NotADirectoryError):
-        empty_tree(str(tmp_path / "link"))
+        empty_trees(str(tmp_path), ["link"])
     assert os.listdir(tmp_path / "real") == ["file"]
 
 
