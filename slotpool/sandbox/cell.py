@@ -10,6 +10,7 @@ import array
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import select
@@ -182,14 +183,15 @@ class Cell:
             self._destroyed = True
             armed, self._armed = self._armed, []
         with self._ending:
+            namespaces: list[int] = []
             if self._dead is None:
-                self._dead = self._end(meanwhile)
-            if armed:  # not before: the zygote would look for the processes of each, only to die with them
-                self._undertaker.take(lambda: _close_calls(armed))
+                self._dead, namespaces = self._end(meanwhile)
+            # Calls not before: the zygote would look for the processes of each, only to die with them.
+            self._undertaker.take(functools.partial(self._close, armed, namespaces))
             return self._dead is True
 
-    def _end(self, meanwhile: Callable[[], None]) -> bool | None:
-        told = b""
+    def _end(self, meanwhile: Callable[[], None]) -> tuple[bool | None, list[int]]:
+        """Whether its processes are dead, and what is to be closed then."""
         try:
             self._lifeline.shutdown(socket.SHUT_WR)
             if self.order["mode"] != "none" and self._control.fileno() >= 0:  # as it is the first time
@@ -201,22 +203,19 @@ class Cell:
             told, namespaces = linux.receive(self._lifeline, 64, 8)
         except (socket.timeout, BlockingIOError):
             self._control.close()
-            return None
+            return None, []
         except OSError:
-            namespaces = []
-        self._undertaker.take(lambda: self._close(namespaces))
-        return told == nursery.DEAD
+            return False, []
+        return told == nursery.DEAD, namespaces
 
-    def _close(self, namespaces: Sequence[int]) -> None:
-        self._control.close()
-        self._lifeline.close()
+    def _close(self, calls: Sequence[Call], namespaces: Sequence[int]) -> None:
+        for call in calls:
+            call.close()
+        if self._dead is not None:
+            self._control.close()
+            self._lifeline.close()
         for fd in namespaces:
             os.close(fd)
-
-
-def _close_calls(calls: Sequence[Call]) -> None:
-    for call in calls:
-        call.close()
 
 
 def _widen(pipe: int) -> None:

@@ -183,6 +183,8 @@ def kill_user(uid: int, killer: int, groups: Sequence[str]) -> None:
     :raises OSError: it has not been done.
     """
     with as_user(uid, killer):
+        if os.getresuid() != (killer, uid, 0):
+            raise OSError(errno.EPERM, "expected to be another user, got what this process was before")
         _check_is_powerless()
         if not groups or not _kill_members(groups[0]):
             killing.send(-1, signal.SIGKILL)
@@ -193,8 +195,8 @@ def _check_is_powerless() -> None:
     """Once, as what another user has of root's capabilities only this process itself could change, see capabilities(7),
     SECBIT_NO_SETUID_FIXUP.
     """
-    if 0 in os.getresuid()[:2] or linux.effective_capabilities():
-        raise OSError(errno.EPERM, "expected to be another user without capabilities, got more")
+    if linux.effective_capabilities():
+        raise OSError(errno.EPERM, "expected another user to be without capabilities, got some")
 
 
 def is_crowded() -> bool:

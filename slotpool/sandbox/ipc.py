@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 
@@ -36,21 +37,25 @@ class IpcObjects:
                 os.seteuid(0)
 
     def _of(self, kind: str, uid: int) -> Iterator[int]:
-        header, *lines = self._read(kind).splitlines()
-        names = header.split()
-        for line in lines:
-            row = dict(zip(names, map(int, line.split())))
-            if uid in (row[b"uid"], row[b"cuid"]):
-                yield row[_KINDS[kind]]
+        told, user = self._read(kind), b"%d" % uid
+        if user in told:
+            header, *lines = told.splitlines()
+            columns = [header.split().index(name) for name in (b"uid", b"cuid", _KINDS[kind])]
+            for line in lines:
+                owner, maker, ident = operator.itemgetter(*columns)(line.split())
+                if user in (owner, maker):
+                    yield int(ident)
 
     def _read(self, kind: str) -> bytes:
         if kind not in self._lists:
             try:
                 self._lists[kind] = os.open(f"/proc/sysvipc/{kind}", os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:  # a kernel without System V IPC
-                return b"\n"
-        told = piece = os.pread(self._lists[kind], 65536, 0)
-        while piece and told.count(b"\n") > 1:  # where only the names come, more don't follow
-            piece = os.pread(self._lists[kind], 65536, len(told))
-            told += piece
-        return told
+                return b""
+        pieces = [os.pread(self._lists[kind], 65536, 0)]
+        size = len(pieces[0])
+        if pieces[0].count(b"\n") > 1:  # where only the columns' names come, more don't follow
+            while piece := os.pread(self._lists[kind], 65536, size):
+                pieces.append(piece)
+                size += len(piece)
+        return b"".join(pieces)

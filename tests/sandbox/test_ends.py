@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from conftest import PACKAGE, ROOT, StartServer, wait_until
 
 from slotpool.errors import StartFailed
-from slotpool.sandbox import cgroups, confine
+from slotpool.sandbox import cgroups, confine, linux
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -130,10 +131,23 @@ def test_a_process_that_has_left_its_control_group_ends_with_its_lease(start_ser
     assert server.free(1)
 
 
+@pytest.mark.parametrize(("threads", "crowded"), [(300, False), (301, True), (None, False)])
+def test_a_machine_is_crowded_from_so_many_threads_on(
+    monkeypatch: pytest.MonkeyPatch, threads: int | None, crowded: bool
+) -> None:
+    def told() -> tuple[int, int]:
+        if threads is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/loadavg")
+        return 1, threads
+
+    monkeypatch.setattr(linux, "threads", told)
+    assert confine.is_crowded() is crowded
+
+
 # Two of one user, one of another. What the user's group lists, one time after the other, is given. Tells who was killed.
 KILL = """
 import json, subprocess, sys
-from slotpool.sandbox import cgroups, confine
+from slotpool.sandbox import cgroups, confine, linux
 uid, killer, other = 2_900_000_001, 2_900_000_002, 2_900_000_003
 children = {}
 for name, user in ("one", uid), ("two", uid), ("three", other):

@@ -285,9 +285,9 @@ def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: py
     if not groups:
         monkeypatch.setattr(cgroups, "find", _no_groups)  # so that the nursery looks after processors, and can't
     maker = TenancyMaker(HostConfig(slots=1, isolation="user"), NurseryProcess())
+    left = Path("/var/tmp", os.path.basename(os.path.dirname(maker.socket_path)))
     try:
         tenancy = maker.make(network=True)
-        left = Path("/var/tmp", tenancy.place.directory.rpartition("/")[2])
         left.touch()
         os.chown(left, tenancy.place.uid, -1)
         has = _descriptors(maker._nursery.pid)
@@ -300,6 +300,7 @@ def test_what_can_not_be_cleared_up_is_tried_again(given: Given, monkeypatch: py
         assert wait_until(lambda: _is_ended(maker, tenancy, given))
         assert not left.exists()
     finally:
+        left.unlink(missing_ok=True)
         maker.close()
 
 
