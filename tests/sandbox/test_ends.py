@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import PACKAGE, ROOT, StartServer, wait_until
 
 from slotpool.errors import StartFailed
-from slotpool.sandbox import cgroups, confine, linux
+from slotpool.sandbox import cgroups, confine, linux, nursery
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -142,6 +144,23 @@ def test_a_machine_is_crowded_from_so_many_threads_on(
 
     monkeypatch.setattr(linux, "threads", told)
     assert confine.is_crowded() is crowded
+
+
+@pytest.mark.parametrize(("crowded", "asked"), [(False, [(), ()]), (True, [("group",), ()])])
+def test_its_control_group_is_asked_where_the_machine_is_crowded_and_only_the_first_time(
+    monkeypatch: pytest.MonkeyPatch, crowded: bool, asked: list[tuple[str, ...]]
+) -> None:
+    of: list[tuple[str, ...]] = []
+    monkeypatch.setattr(confine, "kill_user", lambda uid, killer, groups: of.append(tuple(groups)))
+    monkeypatch.setattr(confine, "has_processes", lambda uid: True)
+    beside: Any = SimpleNamespace(is_crowded=crowded, bereaved={}, later=lambda call: None)
+    order: Any = {"uid": 2_900_000_001, "killer": 2_900_000_002, "groups": ["group"]}
+    near, far = socket.socketpair()
+    with near, far:
+        sandbox = nursery.UserSandbox(beside, order, near, far)
+        sandbox.kill()
+        sandbox.kill()
+    assert of == asked
 
 
 # Two of one user, one of another. What the user's group lists, one time after the other, is given. Tells who was killed.
