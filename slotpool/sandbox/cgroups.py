@@ -203,8 +203,8 @@ def limited_memory() -> Memory | None:
         with contextlib.suppress(OSError):
             way = _ways_up(controller)
             found += [
-                Memory(way[: n + 1], limit, used, held)
-                for n, directory in enumerate(way)
+                Memory(way[:n], limit, used, held)
+                for n, directory in enumerate(way, 1)
                 if os.path.exists(f"{directory}/{limit}")
             ]
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Iterator
 
-from . import linux
+from . import confine, linux
 
 _KINDS = {"shm": b"shmid", "sem": b"semid", "msg": b"msqid"}  # each with what its list calls an id
 
@@ -29,12 +29,9 @@ class IpcObjects:
         """
         found = [(kind, ident) for kind in _KINDS for ident in self._of(kind, uid)]
         if found:
-            os.seteuid(uid)
-            try:
+            with confine.as_user(uid, 0):
                 for kind, ident in found:
                     linux.remove_ipc_object(kind, ident)
-            finally:
-                os.seteuid(0)
 
     def _of(self, kind: str, uid: int) -> Iterator[int]:
         told, user = self._read(kind), b"%d" % uid
