@@ -366,6 +366,9 @@ class Host:
         """
         deadline = time.monotonic() + wait
         runs = [Run(self, call) for call in calls]
+        begun = [run.tenancy for run in runs if run.job is not None]
+        for tenancy in begun:
+            self.warmer.shell_taken(tenancy.cell)
         driver = Driver([run.job for run in runs if run.job is not None])
         ended = driver.run(until=deadline)
         if not ended:
@@ -373,8 +376,8 @@ class Host:
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:
-            for run in runs:
-                run.warm_up()
+            for tenancy in begun:
+                self.warmer.answered(tenancy.cell)
             if ended:
                 self.warmer.take(driver.close)
 

@@ -34,11 +34,18 @@ class Later:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def take(self, act: Callable[[], None]) -> None:
-        """Call it soon; at once, if the thread does not keep up, or was stopped. It should not raise."""
+    def take(self, act: Callable[[], None], at_once: bool = False) -> None:
+        """Call it soon; in this thread, if the other does not keep up, or was stopped. It should not raise.
+
+        :param at_once: before all that waits, and without a pause.
+        """
         with self._lock:
             kept = len(self._acts) < _MOST and not self._stopped
-            if kept:
+            if kept and at_once:
+                self._acts.appendleft((0.0, act))
+                self._is_set = True
+                linux.set_timer(self._timer, 0.0)
+            elif kept:
                 self._acts.append((time.monotonic() + self._pause, act))
                 if not self._is_set:
                     self._is_set = True

@@ -50,7 +50,7 @@ class Run:
 
     def _begin(self) -> None:
         call = self._call
-        self._tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
+        self.tenancy = tenancy = self._host.tenancy(call["slot"], call["lease"])
         self._tool = tools.parse(call["tool"], call["args"], tenancy.setting)
         self._execution, is_new = tenancy.executions.begin(call["execution_id"], (_told(call),))
         if not is_new:
@@ -74,7 +74,7 @@ class Run:
         assert self.job is not None
         assert self._execution is not None
         try:
-            restarted = self._host.check(self.job, self._tenancy, self._call["slot"], self._call["lease"])
+            restarted = self._host.check(self.job, self.tenancy, self._call["slot"], self._call["lease"])
             self._execution.result = self._result(self.job.outcome, restarted)
         except RequestFailed as e:
             self._execution.failure = e
@@ -84,7 +84,7 @@ class Run:
         self._answer = self._execution.result or self._execution.failure
         self._host.tally.execution_ended(self._call["tool"], self._execution.result)
         logs.execution(log, self._call, self._answer.body["code"] if isinstance(self._answer, RequestFailed) else self._answer)
-        self._tenancy.executions.finish(self._call["execution_id"], self._execution)
+        self.tenancy.executions.finish(self._call["execution_id"], self._execution)
 
     def _ids(self) -> dict[str, str]:
         """What tells log records of this execution from others'."""
@@ -115,8 +115,8 @@ class Run:
             "stderr_truncated": outcome.stderr.truncated,
             "error": error,
             "duration": outcome.duration,
-            "isolation": self._tenancy.setting.isolation,
-            "network": self._tenancy.setting.network,
+            "isolation": self.tenancy.setting.isolation,
+            "network": self.tenancy.setting.network,
             "restarted": restarted,
         }
 
@@ -126,14 +126,9 @@ class Run:
             return self._failure
         if self._answer is not None:  # what this run has found itself, which is sure to be kept
             return self._answer
-        if not self._tenancy.executions.wait(self._execution, max(0.0, deadline - time.monotonic())):
+        if not self.tenancy.executions.wait(self._execution, max(0.0, deadline - time.monotonic())):
             return None
         try:
             return self._execution.answer()
         except RequestFailed as e:
             return e
-
-    def warm_up(self) -> None:
-        """Have the next shells started, so that the next call finds them waiting."""
-        if self.job is not None:
-            self._host.warmer.shell_used(self._tenancy.cell)

@@ -100,6 +100,7 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
     with ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done") for i in range(2)]
         assert wait_until(both_run)
+        assert wait_until(lambda: len(shells(server)) == 4), "the next one is started while those are waited for"
         server.client.write_file(*slot, "end", b"")
         assert [call.result()["exit_code"] for call in calls] == [0, 0]
     assert wait_until(lambda: len(shells(server)) == 4)

@@ -40,6 +40,20 @@ def test_what_has_its_moment_later_is_done_before_it_stops_and_what_comes_after_
         os.fstat(timer)
 
 
+def test_what_is_to_be_done_at_once_waits_for_no_other() -> None:
+    later = Later("test-later", 3600.0)
+    done: list[int] = []
+    first, second = threading.Event(), threading.Event()
+    later.take(lambda: done.append(1))
+    later.take(first.set, at_once=True)  # while the timer is set for the other
+    assert first.wait(10)
+    later.take(second.set, at_once=True)  # and when it has run out and was set again
+    assert second.wait(10)
+    assert done == []
+    later.stop()
+    assert done == [1]
+
+
 def test_what_fails_is_logged_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
     monkeypatch.setattr(log, "exception", logged.append)
