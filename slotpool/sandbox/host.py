@@ -366,10 +366,10 @@ class Host:
         """
         deadline = time.monotonic() + wait
         runs = [Run(self, call) for call in calls]
+        driver = Driver([run.job for run in runs if run.job is not None])
         begun = [run.tenancy for run in runs if run.job is not None]
         for tenancy in begun:
-            self.warmer.shell_taken(tenancy.cell)
-        driver = Driver([run.job for run in runs if run.job is not None])
+            self.warmer.begun(tenancy.cell)
         ended = driver.run(until=deadline)
         if not ended:
             threading.Thread(target=_drive, args=(driver,), name="slotpool-execution", daemon=True).start()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import os
 import threading
 import time
-from collections import deque
 from typing import Callable
 
 from . import linux
@@ -19,8 +20,8 @@ _MOST = 256  # acts that wait; what they close is held open until then
 class Later:
     """One thread. Thread-safe.
 
-    It is woken by a timer, when something is due, and not by who leaves that to it: to wake a thread takes a moment of the one
-    that does, and the interpreter from it.
+    It is woken by a timer, when something is due, and not by who leaves that to it, unless that is in a hurry: to wake a thread
+    takes a moment of the one that does, and the interpreter from it.
     """
 
     def __init__(self, name: str, pause: float) -> None:
@@ -28,30 +29,34 @@ class Later:
         self._pause = pause
         self._timer = linux.timer()
         self._lock = threading.Lock()  # guards the rest
-        self._acts: deque[tuple[float, Callable[[], None]]] = deque()  # each with its moment, on the monotonic clock
+        # A heap. Each has its moment, on the monotonic clock, and a number: of two with one moment the earlier comes first.
+        self._acts: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
         self._is_set = False  # the timer, or the thread is about to look what is due
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def take(self, act: Callable[[], None], at_once: bool = False) -> None:
-        """Call it soon; in this thread, if the other does not keep up, or was stopped. It should not raise.
-
-        :param at_once: before all that waits, and without a pause.
-        """
-        with self._lock:
-            kept = len(self._acts) < _MOST and not self._stopped
-            if kept and at_once:
-                self._acts.appendleft((0.0, act))
-                self._is_set = True
-                linux.set_timer(self._timer, 0.0)
-            elif kept:
-                self._acts.append((time.monotonic() + self._pause, act))
-                if not self._is_set:
-                    self._is_set = True
-                    linux.set_timer(self._timer, self._pause)
-        if not kept:
+    def take(self, act: Callable[[], None]) -> None:
+        """Call it soon; at once, if the thread does not keep up, or was stopped. It should not raise."""
+        if not self._keep(act, self._pause):
             act()
+
+    def hurry(self, act: Callable[[], None]) -> None:
+        """Call it without a pause; not at all, if the thread does not keep up, or was stopped. It should not raise."""
+        self._keep(act, 0.0)
+
+    def _keep(self, act: Callable[[], None], pause: float) -> bool:
+        with self._lock:
+            if len(self._acts) >= _MOST or self._stopped:
+                return False
+            due = time.monotonic() + pause
+            is_first = not self._acts or due < self._acts[0][0]
+            heapq.heappush(self._acts, (due, next(self._numbers), act))
+            if not self._is_set or is_first:
+                self._is_set = True
+                linux.set_timer(self._timer, pause)
+            return True
 
     def _run(self) -> None:
         stopped = False
@@ -72,12 +77,12 @@ class Later:
             if not self._acts:
                 self._is_set = False
                 return None
-            due, act = self._acts[0]
+            due, _, act = self._acts[0]
             pause = due - time.monotonic()
             if pause > 0 and not self._stopped:
                 linux.set_timer(self._timer, pause)
                 return None
-            self._acts.popleft()
+            heapq.heappop(self._acts)
             return act
 
     def stop(self) -> None:

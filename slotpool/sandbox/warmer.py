@@ -1,4 +1,4 @@
-"""What a call leaves to be done: its end, and the start of the next shell."""
+"""What a call leaves to others: its end, and the start of the next shell."""
 
 from __future__ import annotations
 
@@ -23,17 +23,14 @@ class Warmer(Later):
     def __init__(self) -> None:
         super().__init__("slotpool-warmer", _PAUSE)
 
-    def shell_taken(self, cell: Cell) -> None:
-        """A shell of ``cell`` has got its script, and what comes of it is waited for now."""
-        if cell.hurried:
-            self._arm(cell, at_once=True)
+    def begun(self, cell: Cell) -> None:
+        """A call in ``cell`` has begun, and its end is waited for next."""
+        if cell.hurried and cell.armed < _STOCK:
+            self.hurry(functools.partial(cell.arm, _STOCK))
 
     def answered(self, cell: Cell) -> None:
-        """What came of it is on its way."""
-        self._arm(cell)
-
-    def _arm(self, cell: Cell, at_once: bool = False) -> None:
-        # One for one: several in a row would keep the zygote long from telling the end of a call.
+        """An answer is on its way, with its result or with none yet."""
         stock = _STOCK if cell.hurried else 1
         if cell.armed < stock:
-            self.take(functools.partial(cell.arm, stock), at_once)
+            # One at a time: several in a row would keep the zygote long from telling the end of a call.
+            self.take(functools.partial(cell.arm, stock))

@@ -90,16 +90,18 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
     slot = lease["slot"], lease["token"]
     assert wait_until(lambda: len(shells(server)) == 2)  # one of them in the sandbox that is made in advance
 
-    def both_run() -> bool:
+    def runs(i: int) -> bool:
         try:
-            return all(server.client.read_file(*slot, str(i)) == b"" for i in range(2))
+            return server.client.read_file(*slot, str(i)) == b""
         except FileError:
             return False
 
     require_one_for_one(server, lease)
     with ThreadPoolExecutor(2) as threads:
-        calls = [threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done") for i in range(2)]
-        assert wait_until(both_run)
+        calls = []
+        for i in range(2):  # one after the other, so that the first is none of a slot in a hurry
+            calls.append(threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done"))
+            assert wait_until(functools.partial(runs, i))
         assert wait_until(lambda: len(shells(server)) == 4), "the next one is started while those are waited for"
         server.client.write_file(*slot, "end", b"")
         assert [call.result()["exit_code"] for call in calls] == [0, 0]

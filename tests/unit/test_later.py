@@ -40,18 +40,40 @@ def test_what_has_its_moment_later_is_done_before_it_stops_and_what_comes_after_
         os.fstat(timer)
 
 
-def test_what_is_to_be_done_at_once_waits_for_no_other() -> None:
+def test_what_is_in_a_hurry_waits_for_nothing_that_is_not_due() -> None:
     later = Later("test-later", 3600.0)
     done: list[int] = []
     first, second = threading.Event(), threading.Event()
     later.take(lambda: done.append(1))
-    later.take(first.set, at_once=True)  # while the timer is set for the other
+    later.hurry(first.set)  # while the timer is set for the other
     assert first.wait(10)
-    later.take(second.set, at_once=True)  # and when it has run out and was set again
+    later.hurry(second.set)  # and when it has run out and was set again
     assert second.wait(10)
     assert done == []
     later.stop()
     assert done == [1]
+    later.hurry(lambda: done.append(2))
+    assert done == [1]
+
+
+def test_what_is_due_is_done_in_its_turn_however_much_is_in_a_hurry() -> None:
+    later = Later("test-later", 0.0)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        begun.set()
+        go_on.wait()
+
+    later.take(hold_up)
+    begun.wait()
+    done: list[int] = []
+    for i in range(10):
+        (later.hurry if i % 2 else later.take)(lambda i=i: done.append(i))  # type: ignore[misc]
+    for _ in range(1000):
+        later.hurry(lambda: None)  # more than are kept
+    go_on.set()
+    later.stop()
+    assert done == list(range(10))
 
 
 def test_what_fails_is_logged_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
