@@ -366,9 +366,9 @@ class Host:
         """
         deadline = time.monotonic() + wait
         runs = [Run(self, call) for call in calls]
-        driver = Driver([run.job for run in runs if run.job is not None])
-        begun = [run.tenancy for run in runs if run.job is not None]
-        for tenancy in begun:
+        begun = [(run.job, run.tenancy) for run in runs if run.job is not None]
+        driver = Driver([job for job, _ in begun])
+        for _, tenancy in begun:
             self.warmer.begun(tenancy.cell)
         ended = driver.run(until=deadline)
         if not ended:
@@ -376,7 +376,7 @@ class Host:
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:
-            for tenancy in begun:
+            for _, tenancy in begun:
                 self.warmer.answered(tenancy.cell)
             if ended:
                 self.warmer.take(driver.close)

@@ -32,7 +32,6 @@ class Later:
         # A heap. Each has its moment, on the monotonic clock, and a number: of two with one moment the earlier comes first.
         self._acts: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._is_set = False  # the timer, or the thread is about to look what is due
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -51,11 +50,9 @@ class Later:
             if len(self._acts) >= _MOST or self._stopped:
                 return False
             due = time.monotonic() + pause
-            is_first = not self._acts or due < self._acts[0][0]
-            heapq.heappush(self._acts, (due, next(self._numbers), act))
-            if not self._is_set or is_first:
-                self._is_set = True
+            if not self._acts or due < self._acts[0][0]:  # else the timer is set, or the thread is about to look what is due
                 linux.set_timer(self._timer, pause)
+            heapq.heappush(self._acts, (due, next(self._numbers), act))
             return True
 
     def _run(self) -> None:
@@ -75,7 +72,6 @@ class Later:
         """What is due. If nothing is, the timer is set for what will be."""
         with self._lock:
             if not self._acts:
-                self._is_set = False
                 return None
             due, _, act = self._acts[0]
             pause = due - time.monotonic()

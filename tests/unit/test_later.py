@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from slotpool.sandbox.later import Later, log
+
+
+@contextlib.contextmanager
+def held_up(later: Later) -> Iterator[None]:
+    """Its thread does nothing meanwhile, and all that was left to it in the end."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        begun.set()
+        go_on.wait()
+
+    later.take(hold_up)
+    begun.wait()
+    try:
+        yield
+    finally:
+        go_on.set()
+        later.stop()
 
 
 def test_each_is_done_in_its_turn_and_by_a_thread_for_it() -> None:
@@ -58,21 +78,12 @@ def test_what_is_in_a_hurry_waits_for_nothing_that_is_not_due() -> None:
 
 def test_what_is_due_is_done_in_its_turn_however_much_is_in_a_hurry() -> None:
     later = Later("test-later", 0.0)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def hold_up() -> None:
-        begun.set()
-        go_on.wait()
-
-    later.take(hold_up)
-    begun.wait()
     done: list[int] = []
-    for i in range(10):
-        (later.hurry if i % 2 else later.take)(lambda i=i: done.append(i))  # type: ignore[misc]
-    for _ in range(1000):
-        later.hurry(lambda: None)  # more than are kept
-    go_on.set()
-    later.stop()
+    with held_up(later):
+        for i in range(10):
+            (later.hurry if i % 2 else later.take)(lambda i=i: done.append(i))  # type: ignore[misc]
+        for _ in range(1000):
+            later.hurry(lambda: None)  # more than are kept
     assert done == list(range(10))
 
 
@@ -90,18 +101,9 @@ def test_what_fails_is_logged_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPat
 
 def test_what_waits_is_bounded_and_nothing_is_forgotten() -> None:
     later = Later("test-later", 0.0)
-    begun, go_on = threading.Event(), threading.Event()
-
-    def hold_up() -> None:
-        begun.set()
-        go_on.wait()
-
-    later.take(hold_up)
-    begun.wait()
     done: list[int] = []
-    for i in range(1000):
-        later.take(lambda i=i: done.append(i))  # type: ignore[misc]
-    assert 500 < len(done) < 1000  # by this thread, as the other one does not keep up
-    go_on.set()
-    later.stop()
+    with held_up(later):
+        for i in range(1000):
+            later.take(lambda i=i: done.append(i))  # type: ignore[misc]
+        assert 500 < len(done) < 1000  # by this thread, as the other one does not keep up
     assert sorted(done) == list(range(1000))
