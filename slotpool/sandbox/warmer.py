@@ -30,7 +30,5 @@ class Warmer(Later):
 
     def answered(self, cell: Cell) -> None:
         """An answer is on its way, with its result or with none yet."""
-        stock = _STOCK if cell.hurried else 1
-        if cell.armed < stock:
-            # One at a time: several in a row would keep the zygote long from telling the end of a call.
-            self.take(functools.partial(cell.arm, stock))
+        # One at a time: several in a row would keep the zygote long from telling the end of a call.
+        self.take(functools.partial(cell.arm, _STOCK if cell.hurried else 1))
