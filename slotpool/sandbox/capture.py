@@ -15,7 +15,7 @@ from typing import Callable
 
 import attr
 
-from .cell import Call
+from .call import Call
 
 KILL_LIMIT = 2.0  # seconds that the zygote has to kill a call, a little more than it gives itself
 _READ_SIZE = 1 << 16

@@ -1,4 +1,4 @@
-"""The server's hands on sandboxes: one of them (a *cell*), one call in it.
+"""The server's hands on sandboxes: one of them is a *cell*.
 
 A slot gets a new cell for each lease: when a lease ends, its sandbox is destroyed as a whole, so nothing of it is left
 to be cleaned but the workspace.
@@ -9,20 +9,16 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import fcntl
 import functools
-import json
 import os
-import select
 import socket
-import struct
-import termios
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Callable
 
 from ..errors import SandboxStartFailed
 from . import linux, nursery, zygote
+from .call import Call, message, widen
 from .nursery_process import NurseryProcess
 from .undertaker import Undertaker
 
@@ -31,9 +27,8 @@ if TYPE_CHECKING:
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
 DEATH_LIMIT = 10.0  # seconds for all its processes to die
-_MOST_TOLD = 64  # bytes of what a shell tells that are looked at
-_PIPE_CHUNK = 1 << 20  # as wide as a pipe may be made by any user, see pipe(7)
-_F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
+# Made once, as that of a shell is on the warm path of a command.
+_SHELLS = {feeds: message(feeds, op="shell") for feeds in (("script",), ("script", "stdin"))}
 
 
 def start(nursery: NurseryProcess, order: Order) -> Cell:
@@ -56,11 +51,13 @@ def start(nursery: NurseryProcess, order: Order) -> Cell:
 class Cell:
     """One sandbox. Thread-safe; calls in it may run side by side.
 
+    :ivar changes_user: its processes are another user's than this one is.
     :ivar hurried: a call has found no shell waiting.
     """
 
     def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket, undertaker: Undertaker) -> None:
         self.order = order
+        self.changes_user = order["uid"] != os.geteuid()
         self._undertaker = undertaker
         self._control = control
         self._lifeline = lifeline
@@ -150,27 +147,28 @@ class Cell:
             call.close()
 
     def _new_shell(self, stdin: bool) -> Call:
-        return Call(self, {"op": "shell"}, feeds=("script", "stdin") if stdin else ("script",))
+        feeds = ("script", "stdin") if stdin else ("script",)
+        return Call(self, _SHELLS[feeds], feeds)
 
     def read(self, path: str, limit: int, sized: bool = False) -> Call:
-        call = Call(self, {"op": "read", "path": path, "limit": limit, "sized": sized}, feeds=())
-        _widen(call.stdout)
+        call = Call(self, message((), op="read", path=path, limit=limit, sized=sized), ())
+        widen(call.stdout)
         return call
 
     def write(self, path: str, size: int, content: bytes = b"", more: Callable[[], bytes] = bytes) -> Call:
         """:param more: gives what comes after ``content``, some at a time, then nothing."""
-        call = Call(self, {"op": "write", "path": path, "size": size}, feeds=("stdin",))
+        call = Call(self, message(("stdin",), op="write", path=path, size=size), ("stdin",))
         call.set_feed("stdin", content, more)
-        _widen(call.feeds[0].fd)
+        widen(call.feeds[0].fd)
         return call
 
-    def send(self, order: dict[str, object], fds: Sequence[int]) -> None:
+    def send(self, told: bytes, fds: Sequence[int]) -> None:
         with self._lock:
             if self._destroyed:
                 raise OSError(errno.EPIPE, "the sandbox is gone")
             # A zygote that doesn't read would make this block; socket.send_fds ignores its flags.
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            self._control.sendmsg([json.dumps(order).encode()], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._control.sendmsg([told], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def destroy(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Kill every process in it; True if it is certain that none is left. Calls in it end as lost.
@@ -216,188 +214,3 @@ class Cell:
             self._lifeline.close()
         for fd in namespaces:
             os.close(fd)
-
-
-def _widen(pipe: int) -> None:
-    """Have it take a file of a usual size at once, so that who reads and who writes needn't wake each other for each part."""
-    with contextlib.suppress(OSError):  # this user has as many wide pipes as he may have
-        fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_CHUNK)
-
-
-class Feed:
-    """Bytes on their way into a call's pipe."""
-
-    __slots__ = ("fd", "more", "name", "rest")
-
-    def __init__(self, name: str, fd: int) -> None:
-        self.name = name
-        self.fd = fd
-        self.rest = memoryview(b"")
-        self.more: Callable[[], bytes] = bytes  # gives what comes after the rest
-
-    def refill(self) -> bool:
-        self.rest = memoryview(self.more())
-        return len(self.rest) > 0
-
-
-class Call:
-    """One process in a cell, and the near ends of its pipes. Used by one thread, but :meth:`kill` and :meth:`cancel`."""
-
-    def __init__(self, cell: Cell, order: dict[str, object], feeds: Sequence[str]) -> None:
-        """Start it.
-
-        :raises OSError: if the sandbox is gone or does not take orders.
-        """
-        self._lock = threading.Lock()  # guards the next three against kill() and cancel() from other threads
-        self._ended = False
-        self._cancelled = False
-        self._killed = False
-        self._has_told = False  # its process has told how its work has ended, and may not be dead yet
-        self._is_let_go = False  # see let_go()
-        self._closed = False
-        self.cell = cell
-        self.feeds: list[Feed] = []
-        self.stdout = self.stderr = -1
-        self.told = -1  # of a shell: where it tells how its command has ended
-        with contextlib.ExitStack() as far, contextlib.ExitStack() as near:
-            self.sock, far_sock = socket.socketpair()
-            linux.refuse_descriptors(self.sock)
-            self._end_poll = select.poll()
-            self._end_poll.register(self.sock, select.POLLIN)
-            near.callback(self.sock.close)
-            far.callback(far_sock.close)
-            given = {"call": far_sock.fileno()}
-            # Pipes, and no sockets: on those come descriptors too, and to close one can take as long as its sender wants.
-            outputs = ("stdout", "stderr", "told") if "script" in feeds else ("stdout", "stderr")
-            for name in (*outputs, *feeds):
-                ours, theirs = os.pipe()
-                if name in feeds:
-                    ours, theirs = theirs, ours
-                    self.feeds.append(Feed(name, ours))
-                else:
-                    setattr(self, name, ours)
-                os.set_blocking(ours, False)  # what poll(2) has seen there, the slot may have taken away since
-                near.callback(os.close, ours)
-                far.callback(os.close, theirs)
-                given[name] = theirs
-                # Else /dev/stdout could not be opened by the slot's user. Of the others he need not open any.
-                if cell.order["uid"] != os.geteuid() and name not in ("script", "told"):
-                    os.fchown(theirs, cell.order["uid"], cell.order["gid"])
-            cell.send({**order, "fds": list(given)}, list(given.values()))
-            near.pop_all()  # close() sees to these from now on
-
-    def set_feed(self, name: str, content: bytes, more: Callable[[], bytes] = bytes) -> None:
-        feed = next(feed for feed in self.feeds if feed.name == name)
-        feed.rest, feed.more = memoryview(content), more
-
-    def feed(self, fd: int) -> bool:
-        """Write as much as the pipe takes; True once everything is written, or nobody reads it, and the pipe needs no more."""
-        return self._feed(next(feed for feed in self.feeds if feed.fd == fd))
-
-    def _feed(self, feed: Feed) -> bool:
-        fd = feed.fd
-        try:
-            while feed.rest or feed.refill():
-                feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
-        except BlockingIOError:
-            return False
-        except BrokenPipeError:
-            pass
-        if feed.name != "script":  # whose reader knows its length, and which tells how much of it was read
-            self.feeds.remove(feed)
-            os.close(fd)
-        return True
-
-    def feed_all(self) -> list[int]:
-        """Write as much as the pipes take; those that take more later."""
-        return [feed.fd for feed in list(self.feeds) if not self._feed(feed)]
-
-    def has_ended(self) -> bool:
-        """Whether :meth:`read_status` would return at once."""
-        return bool(self._end_poll.poll(0))
-
-    def read_status(self) -> int | None:
-        """The wait status; None if the zygote has gone without telling it, or has sent something else.
-
-        Of a file it is the process itself that tells, if it can, and it may not be dead yet.
-        """
-        try:
-            # An urgent byte wakes poll(2) and is not there to be read: nobody may wait here.
-            told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
-        except OSError:
-            return None
-        self._has_told = self.told < 0
-        return int(zygote.STATUS.unpack(told)[0]) if len(told) == zygote.STATUS.size else None
-
-    def read_told(self) -> int | None:
-        """The wait status that a shell has told of its command; None if it was something else, or the call is being killed:
-        then its end is still to come. If it is one, the call can't be cancelled any more.
-        """
-        try:
-            status = zygote.read_told(os.read(self.told, _MOST_TOLD))
-        except OSError:
-            status = None
-        with self._lock:
-            if status is not None and not self._killed:
-                self._has_told = self._ended = True
-                return status
-        if not self._is_let_go:
-            self._feed(self.let_go())
-        return None
-
-    def let_go(self) -> Feed:
-        """Have a shell die as soon as its command has ended, and not only when this is closed. At most once.
-
-        :return: what is to be written for that.
-        """
-        self._is_let_go = True
-        script = next(feed for feed in self.feeds if feed.name == "script")
-        script.rest = memoryview(bytes(script.rest) + zygote.GO)
-        return script
-
-    def script_unread(self) -> bool:
-        """Whether a shell has not read its script to the end. It runs nothing of it before."""
-        script = next((feed.fd for feed in self.feeds if feed.name == "script"), None)
-        if script is None:
-            return False
-        (left,) = struct.unpack("i", fcntl.ioctl(script, termios.FIONREAD, b"\0" * 4))
-        return bool(left > (len(zygote.GO) if self._is_let_go else 0))
-
-    def kill(self) -> None:
-        """Have the zygote kill the process and all that it started. Its status still comes."""
-        with self._lock:
-            self._kill()
-
-    def cancel(self) -> None:
-        """:meth:`kill`, and remember that it was asked for. Nothing if the call has ended. Thread-safe."""
-        with self._lock:
-            if not self._ended:
-                self._cancelled = True
-                self._kill()
-
-    def _kill(self) -> None:
-        self._killed = True
-        try:
-            self.sock.send(b"k", socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        except OSError:  # it has ended
-            pass
-
-    def end(self) -> bool:
-        """From now on it can't be cancelled; whether it was."""
-        with self._lock:
-            self._ended = True
-            return self._cancelled
-
-    def close(self) -> None:
-        """Close everything; a process that still runs is killed, unless it has told that it is done."""
-        self.end()
-        if self._closed:
-            return
-        self._closed = True
-        if self._has_told and not self.has_ended():
-            with contextlib.suppress(OSError):  # it just has
-                self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        self.sock.close()
-        for fd in (self.stdout, self.stderr, self.told, *(feed.fd for feed in self.feeds)):
-            if fd >= 0:
-                os.close(fd)

@@ -376,10 +376,8 @@ class Host:
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:
-            for _, tenancy in begun:
-                self.warmer.answered(tenancy.cell)
-            if ended:
-                self.warmer.take(driver.close)
+            for job, tenancy in begun:
+                self.warmer.answered(tenancy.cell, job.call if ended else None)
 
         return answers, afterwards
 

@@ -8,6 +8,7 @@ hold up who reads it, as a FIFO would, or a file system of the slot's own.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -70,7 +71,7 @@ def _borrow(cell: Cell, order: dict[str, object], device: int | None) -> Loan | 
     sock.settimeout(_PATIENCE)
     try:
         with far:
-            cell.send({**order, "fds": ["call"]}, [far.fileno()])
+            cell.send(json.dumps({**order, "fds": ["call"]}).encode(), [far.fileno()])
         told, fds = linux.receive(sock, lender.ANSWER.size, linux.MOST_DESCRIPTORS)
     except OSError:  # and whatever is wrong with the sandbox
         linux.hang_up(sock)

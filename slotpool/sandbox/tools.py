@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import attr
 
 from . import protocol, zygote
+from .call import Call
 from .capture import Outcome
-from .cell import Call, Cell
+from .cell import Cell
 from .protocol import RequestFailed
 
 MAX_COMMAND = 1024 * 1024  # bytes

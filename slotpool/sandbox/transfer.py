@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, Union
 
 from . import direct, loan, protocol, tools
+from .call import Call
 from .capture import Driver, Outcome, Output
-from .cell import Call, Cell
+from .cell import Cell
 from .files import SIZE
 from .protocol import RequestFailed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from .call import Call
 from .cell import Cell
 from .later import Later
 
@@ -28,7 +29,15 @@ class Warmer(Later):
         if cell.hurried and cell.armed < _STOCK:
             self.hurry(functools.partial(cell.arm, _STOCK))
 
-    def answered(self, cell: Cell) -> None:
-        """An answer is on its way, with its result or with none yet."""
+    def answered(self, cell: Cell, ended: Call | None) -> None:
+        """An answer is on its way, with its result or with none yet.
+
+        :param ended: its call, if that has ended.
+        """
+        self.take(functools.partial(self._tidy, cell, ended))
+
+    def _tidy(self, cell: Cell, ended: Call | None) -> None:
         # One at a time: several in a row would keep the zygote long from telling the end of a call.
-        self.take(functools.partial(cell.arm, _STOCK if cell.hurried else 1))
+        cell.arm(_STOCK if cell.hurried else 1)
+        if ended is not None:
+            ended.close()

@@ -83,6 +83,7 @@ BOOTSTRAP = ";".join(
 )
 ALONE = b'exec %d<&- %d>&-;eval "shift;$1";exit' % (HEAR, TELL)
 SHELL = "/bin/bash"
+_ARGV = (b"bash", b"-c", BOOTSTRAP.encode())
 
 GO = b"."
 STATUS = struct.Struct("!i")
@@ -157,6 +158,12 @@ def send_error(control: socket.socket, why: str) -> None:
         pass
 
 
+@functools.lru_cache(maxsize=4)  # those for shells are all the same
+def _parsed(message: bytes) -> dict[str, Any]:
+    order: dict[str, Any] = json.loads(message)
+    return order
+
+
 class _Call:
     """A running call: its process, the mark of all that it starts, and its socket.
 
@@ -164,7 +171,7 @@ class _Call:
     :ivar released: nobody wants to know how it ends.
     """
 
-    def __init__(self, pid: int, mark: int, sock: socket.socket, outputs: Sequence[int]) -> None:
+    def __init__(self, pid: int, mark: int, sock: int, outputs: Sequence[int]) -> None:
         self.pid = pid
         self.mark = mark
         self.sock = sock
@@ -177,7 +184,7 @@ class Zygote:
 
     def __init__(self, control: socket.socket, env: dict[str, str]) -> None:
         self._control = control
-        self._env = env
+        self._env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
         self._calls: dict[int, _Call] = {}  # by process id
         self._poller = Poller()
         self._lender = Lender(self._poller)
@@ -200,11 +207,11 @@ class Zygote:
         message, fds = linux.receive(self._control, 65536, 8)
         if not message:
             os._exit(0)  # the lease, or the server, has ended; the nursery sees to the rest
-        order: dict[str, Any] = json.loads(message)
+        order = _parsed(message)
         named = dict(zip(order["fds"], fds))
-        sock = socket.socket(fileno=named.pop("call"))
+        sock = named.pop("call")
         if order["op"] in ("open", "create"):
-            self._lender.lend(order, sock)
+            self._lender.lend(order, socket.socket(fileno=sock))
             return
         mark = self._marks.put_on()
         try:
@@ -215,7 +222,7 @@ class Zygote:
             _tell(sock, self._refused(e, named["stderr"]))
         else:
             call = self._calls[pid] = _Call(pid, mark, sock, (named.pop("stdout"), named.pop("stderr")))
-            self._poller.watch(sock.fileno(), lambda: self._hear(call))
+            self._poller.watch(sock, lambda: self._hear(call))
         self._schedule(os.SCHED_OTHER)
         for fd in named.values():
             os.close(fd)
@@ -244,7 +251,7 @@ class Zygote:
         given = {0: fds.get("stdin", self._null), 1: fds["stdout"], 2: fds["stderr"], HEAR: fds["script"], TELL: fds["told"]}
         return os.posix_spawn(
             SHELL,
-            ["bash", "-c", BOOTSTRAP],
+            _ARGV,
             self._env,
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in given.items()],
             setsid=True,
@@ -284,7 +291,7 @@ class Zygote:
     def _ended(self, call: _Call, status: int) -> None:
         del self._calls[call.pid]
         if not call.released:
-            self._poller.unwatch(call.sock.fileno())
+            self._poller.unwatch(call.sock)
             _tell(call.sock, status)
         for fd in call.outputs:
             os.close(fd)
@@ -292,28 +299,28 @@ class Zygote:
     def _hear(self, call: _Call) -> None:
         """Something has come from the other side of a call, or that was closed."""
         try:
-            heard = call.sock.recv(1)
+            heard = os.read(call.sock, 1)
         except OSError:  # it was closed with something unread in it
             heard = b""
         if heard != RELEASE:
             self._kill(call)
             return
         call.released = True
-        self._poller.unwatch(call.sock.fileno())
-        call.sock.close()
+        self._poller.unwatch(call.sock)
+        os.close(call.sock)
 
     def _kill(self, call: _Call) -> None:
         if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):
             os._exit(1)  # the server replaces the whole sandbox
         self._collect(call)
 
-    def _fork_tool(self, sock: socket.socket, order: dict[str, Any], fds: dict[str, int]) -> int:
+    def _fork_tool(self, sock: int, order: dict[str, Any], fds: dict[str, int]) -> int:
         pid = os.fork()
         if pid == 0:
             self._become(sock, order, fds)
         return pid
 
-    def _become(self, sock: socket.socket, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
+    def _become(self, sock: int, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         code = _NO_TOOL
         try:
             os.setsid()
@@ -331,13 +338,13 @@ class Zygote:
             os._exit(code)
 
 
-def _tell(sock: socket.socket, status: int) -> None:
+def _tell(sock: int, status: int) -> None:
     """End a call."""
     try:
-        sock.send(STATUS.pack(status), socket.MSG_NOSIGNAL)
+        os.write(sock, STATUS.pack(status))
     except OSError:  # the server has given it up
         pass
-    sock.close()
+    os.close(sock)
 
 
 def _carry_out(act: Callable[..., None], *args: object) -> int:

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from slotpool.errors import SandboxStartFailed
 from slotpool.sandbox import capture, cell, nursery, protocol, tools, zygote
+from slotpool.sandbox.call import Call
 from slotpool.sandbox.capture import Driver, Job
-from slotpool.sandbox.cell import Call, Cell
+from slotpool.sandbox.cell import Cell
 
 INPUTS = int(os.environ.get("SLOTPOOL_FUZZ", "1000"))  # read here, as every test's environment is cleared of it
 TOLD = "SLOTPOOL_FUZZ" in os.environ
