@@ -73,7 +73,8 @@ class Call:
         self._cancelled = False
         self._killed = False
         self._has_told = False  # its process has told how its work has ended, and may not be dead yet
-        self._is_let_go = False  # see let_go()
+        self._script: Feed | None = None  # of a shell
+        self._is_let_go = False  # a shell dies as soon as its command has ended, and not only when this is closed
         self._closed = False
         self.cell = cell
         self.feeds: list[Feed] = []
@@ -93,6 +94,8 @@ class Call:
             for name in feeds:
                 theirs, ours = os.pipe()
                 self.feeds.append(Feed(name, ours))
+                if name == "script":
+                    self._script = self.feeds[-1]
                 self._share(name, ours, theirs, far)
             cell.send(told, far)
         except BaseException:
@@ -108,6 +111,15 @@ class Call:
         # Else /dev/stdout could not be opened by the slot's user. Of the others he need not open any.
         if self.cell.changes_user and name not in ("script", "told"):
             os.fchown(theirs, self.cell.order["uid"], self.cell.order["gid"])
+
+    def set_script(self, script: bytes, let_go: bool) -> None:
+        """What a shell is still to be sent.
+
+        :param let_go: have it die as soon as its command has ended, and not only when this is closed.
+        """
+        assert self._script is not None
+        self._script.rest = memoryview(script + zygote.GO if let_go else script)
+        self._is_let_go = let_go
 
     def set_feed(self, name: str, content: bytes, more: Callable[[], bytes] = bytes) -> None:
         feed = next(feed for feed in self.feeds if feed.name == name)
@@ -127,7 +139,7 @@ class Call:
         except BrokenPipeError:
             pass
         feed.is_done = True
-        if feed.name != "script":  # whose reader knows its length, and which tells how much of it was read
+        if feed is not self._script:  # whose reader knows its length, and which tells how much of it was read
             self.feeds.remove(feed)
             os.close(fd)
         return True
@@ -165,26 +177,16 @@ class Call:
             if status is not None and not self._killed:
                 self._has_told = self._ended = True
                 return status
-        if not self._is_let_go:
-            self._feed(self.let_go())
+        if self._script is not None and not self._is_let_go:
+            self.set_script(bytes(self._script.rest), let_go=True)
+            self._feed(self._script)
         return None
-
-    def let_go(self) -> Feed:
-        """Have a shell die as soon as its command has ended, and not only when this is closed. At most once.
-
-        :return: what is to be written for that.
-        """
-        self._is_let_go = True
-        script = next(feed for feed in self.feeds if feed.name == "script")
-        script.rest = memoryview(bytes(script.rest) + zygote.GO)
-        return script
 
     def script_unread(self) -> bool:
         """Whether a shell has not read its script to the end. It runs nothing of it before."""
-        script = next((feed.fd for feed in self.feeds if feed.name == "script"), None)
-        if script is None:
+        if self._script is None:
             return False
-        (left,) = struct.unpack("i", fcntl.ioctl(script, termios.FIONREAD, b"\0" * 4))
+        (left,) = struct.unpack("i", fcntl.ioctl(self._script.fd, termios.FIONREAD, b"\0" * 4))
         return bool(left > (len(zygote.GO) if self._is_let_go else 0))
 
     def kill(self) -> None:

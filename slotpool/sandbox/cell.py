@@ -116,9 +116,7 @@ class Cell:
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
-        call.set_feed("script", zygote.framed(script))
-        if self.hurried:
-            call.let_go()
+        call.set_script(zygote.framed(script), let_go=self.hurried)
         if stdin is not None:
             call.set_feed("stdin", stdin)
         else:

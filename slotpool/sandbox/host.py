@@ -320,7 +320,7 @@ class Host:
             self.tally.leases(expired=len(expired))
             self._clean([*expired, *again])
 
-    def _tenancy(self, slot: str, token: str) -> Tenancy:
+    def tenancy(self, slot: str, token: str) -> Tenancy:
         """The use of ``slot`` by that lease, renewed.
 
         :raises RequestFailed: if the lease is not that slot's.
@@ -337,7 +337,7 @@ class Host:
 
     def reset(self, slot: str, token: str, network: bool | None) -> bool:
         """Empty the slot and kill its processes; whether it has network now."""
-        old = self._tenancy(slot, token)
+        old = self.tenancy(slot, token)
         if network is None:
             network = old.place.network
         elif self.isolation.refuses_network(network):
@@ -383,7 +383,7 @@ class Host:
 
     def cancel(self, slot: str, token: str, execution_id: str) -> bool:
         """Kill an execution; whether it ran."""
-        return self._tenancy(slot, token).executions.cancel(execution_id)
+        return self.tenancy(slot, token).executions.cancel(execution_id)
 
     # What a run, or a transfer, needs
 
@@ -433,9 +433,6 @@ class Host:
         if not self.holds(slot, token):
             raise protocol.lease_lost(slot, may_have_run=True)
         self._maker.mend(tenancy, cell, may_have_run=True)
-
-    def tenancy(self, slot: str, token: str) -> Tenancy:
-        return self._tenancy(slot, token)
 
     # The server as a whole
 
