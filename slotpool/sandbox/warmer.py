@@ -26,7 +26,7 @@ class Warmer(Later):
 
     def begun(self, cell: Cell) -> None:
         """A call in ``cell`` has begun, and its end is waited for next."""
-        if cell.hurried and cell.armed < _STOCK:
+        if cell.hurried and cell.pressed and cell.armed < _STOCK:
             self.hurry(functools.partial(cell.arm, _STOCK))
 
     def answered(self, cell: Cell, ended: Call | None) -> None:
@@ -34,6 +34,7 @@ class Warmer(Later):
 
         :param ended: its call, if that has ended.
         """
+        cell.answered()
         self.take(functools.partial(self._tidy, cell, ended))
 
     def _tidy(self, cell: Cell, ended: Call | None) -> None:

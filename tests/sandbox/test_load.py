@@ -6,6 +6,8 @@ import contextlib
 import functools
 import os
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,6 +73,16 @@ def shells(server: Server) -> set[int]:
     return found
 
 
+def shells_in(server: Server, lease: Lease) -> set[int]:
+    """Those of one slot, whose workspace has a path of its own."""
+    found = set()
+    for pid in shells(server):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.readlink(f"/proc/{pid}/cwd") == lease["workspace"]:
+                found.add(pid)
+    return found
+
+
 def run_by_the_only_one(server: Server, lease: Lease) -> None:
     """A call in a slot for which none waits. Returns once its shell is gone, and the next one waits.
 
@@ -108,11 +120,10 @@ def require_one_for_one(server: Server, lease: Lease) -> None:
         assert wait_until(functools.partial(one_is_new, before))
 
 
-def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(start_server: StartServer) -> None:
-    server = start_server("bwrap", slots=1)
-    (lease,) = server.lease()
+@contextlib.contextmanager
+def two_at_once(server: Server, lease: Lease) -> Iterator[None]:
+    """Two calls that run until this is left; of a slot that has one shell in advance, the second finds none."""
     slot = lease["slot"], lease["token"]
-    assert wait_until(lambda: len(shells(server)) == 2)  # one of them in the sandbox that is made in advance
 
     def runs(i: int) -> bool:
         try:
@@ -120,16 +131,45 @@ def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(sta
         except FileError:
             return False
 
-    require_one_for_one(server, lease)
     with ThreadPoolExecutor(2) as threads:
         calls = []
         for i in range(2):  # one after the other, so that the first is none of a slot in a hurry
             calls.append(threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done"))
             assert wait_until(functools.partial(runs, i))
-        assert wait_until(lambda: len(shells(server)) == 4), "the next one is started while those are waited for"
+        yield
         server.client.write_file(*slot, "end", b"")
         assert [call.result()["exit_code"] for call in calls] == [0, 0]
+
+
+def test_a_slot_has_one_shell_in_advance_and_more_once_a_call_has_found_none(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    (lease,) = server.lease()
+    assert wait_until(lambda: len(shells(server)) == 2)  # one of them in the sandbox that is made in advance
+    require_one_for_one(server, lease)
+    with two_at_once(server, lease):
+        assert wait_until(lambda: len(shells(server)) == 4), "the next one is started while those are waited for"
     assert wait_until(lambda: len(shells(server)) == 4)
+
+
+def test_where_calls_are_apart_the_next_shell_is_started_after_an_answer(start_server: StartServer) -> None:
+    server = start_server("user", slots=2)
+    lease, other = server.lease(2)
+    assert wait_until(lambda: len(shells_in(server, lease)) == len(shells_in(server, other)) == 1)
+    with two_at_once(server, lease):
+        pass
+    assert wait_until(lambda: len(shells_in(server, lease)) == 3)
+    time.sleep(0.05)  # calls that are apart
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(server.bash, lease, "rm end; touch begun; until [ -e end ]; do sleep 0.01; done")
+        assert wait_until(lambda: "begun" in os.listdir(lease["workspace"]))
+        before = shells_in(server, other)
+        server.bash(other, "true")
+        assert wait_until(lambda: len(shells_in(server, other) - before) == 1)  # by who would have started one there before
+        before = shells_in(server, lease)
+        assert len(before) == 3
+        server.client.write_file(lease["slot"], lease["token"], "end", b"")
+        assert call.result()["exit_code"] == 0
+    assert wait_until(lambda: len(shells_in(server, lease)) == 3 and len(shells_in(server, lease) - before) == 1)
 
 
 def run_behind(server: Server, lease: Lease, command: str) -> None:
