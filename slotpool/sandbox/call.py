@@ -62,10 +62,10 @@ class Feed:
 class Call:
     """One process in a cell, and the near ends of its pipes. Used by one thread, but :meth:`kill` and :meth:`cancel`."""
 
-    def __init__(self, cell: Cell, told: bytes, feeds: Sequence[str]) -> None:
+    def __init__(self, cell: Cell, message: bytes, feeds: Sequence[str]) -> None:
         """Start it.
 
-        :param told: see :func:`message`.
+        :param message: for the zygote, see :func:`message`.
         :raises OSError: if the sandbox is gone or does not take orders.
         """
         self._lock = threading.Lock()  # guards the next three against kill() and cancel() from other threads
@@ -97,7 +97,7 @@ class Call:
                 if name == "script":
                     self._script = self.feeds[-1]
                 self._share(name, ours, theirs, far)
-            cell.send(told, far)
+            cell.send(message, far)
         except BaseException:
             self.close()
             raise

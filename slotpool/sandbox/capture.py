@@ -140,10 +140,10 @@ class Job:
 
 
 class Driver:
-    """Feed and read calls, side by side, until each has ended. Used by one thread at a time; :meth:`close` it in the end.
+    """Feed and read calls, side by side, until each has ended. Used by one thread at a time; in the end :meth:`close` it,
+    or each of its calls.
 
-    A call past its deadline is killed; if that can't be
-    confirmed in ``KILL_LIMIT`` seconds, its outcome is ``lost``.
+    A call past its deadline is killed; if that can't be confirmed in ``KILL_LIMIT`` seconds, its outcome is ``lost``.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:

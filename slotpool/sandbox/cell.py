@@ -1,4 +1,4 @@
-"""The server's hands on sandboxes: one of them is a *cell*.
+"""A sandbox as the server has it: a *cell*.
 
 A slot gets a new cell for each lease: when a lease ends, its sandbox is destroyed as a whole, so nothing of it is left
 to be cleaned but the workspace.
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 START_LIMIT = 10.0  # seconds for a sandbox to stand
 DEATH_LIMIT = 10.0  # seconds for all its processes to die
-# Seconds from an answer, within which a call comes close upon it. With less between calls a tenth is gained, on two processors,
-# by starting the next shell while a command runs, and by ending the last one at once; with more it costs a tenth.
-_CLOSE = 0.002
+# Seconds from an answer, within which a command comes close upon it. With less between them a tenth is gained, on two
+# processors, by starting the next shell while a command runs, and by having its own die as it ends; with more it costs a tenth.
+_SOON = 0.002
 # Made once, as that of a shell is on the warm path of a command.
-_SHELLS = {feeds: message(feeds, op="shell") for feeds in (("script",), ("script", "stdin"))}
+_SHELL_MESSAGES = {feeds: message(feeds, op="shell") for feeds in (("script",), ("script", "stdin"))}
 
 
 def start(nursery: NurseryProcess, order: Order) -> Cell:
@@ -56,8 +56,9 @@ class Cell:
     """One sandbox. Thread-safe; calls in it may run side by side.
 
     :ivar changes_user: its processes are another user's than this one is.
-    :ivar hurried: a call has found no shell waiting.
-    :ivar pressed: the last call has, or came close upon an answer.
+    :ivar ran_out: a command has found no shell waiting.
+    :ivar hurried: the last command has, or came close upon an answer. Nothing but speed depends on it: commands side by side
+        may each set it for others.
     """
 
     def __init__(self, order: Order, control: socket.socket, lifeline: socket.socket, undertaker: Undertaker) -> None:
@@ -66,12 +67,12 @@ class Cell:
         self._undertaker = undertaker
         self._control = control
         self._lifeline = lifeline
-        self.pressed = False
+        self.hurried = False
         self._answered = 0.0  # when the last answer was, on the monotonic clock
         self._lock = threading.Lock()  # guards what follows up to _destroyed, and that the sockets aren't closed while in use
         self._armed: list[Call] = []
         self._arming = 0
-        self.hurried = False
+        self.ran_out = False
         self._destroyed = False
         self._ending = threading.Lock()  # guards the next two, so that of several who destroy it each learns how that went
         self._dead: bool | None = None  # None for as long as it is not known
@@ -122,9 +123,9 @@ class Cell:
 
     def shell(self, script: bytes, stdin: bytes | None) -> Call:
         """A bash that runs ``script``, already waiting if :meth:`arm` was called."""
-        self.pressed = time.monotonic() - self._answered < _CLOSE
+        self.hurried = time.monotonic() - self._answered < _SOON
         call = (self._take_armed() if stdin is None else None) or self._new_shell(stdin=stdin is not None)
-        call.set_script(zygote.framed(script), let_go=self.hurried and self.pressed)
+        call.set_script(zygote.framed(script), let_go=self.ran_out and self.hurried)
         if stdin is not None:
             call.set_feed("stdin", stdin)
         else:
@@ -141,7 +142,7 @@ class Cell:
             with self._lock:
                 if not self._armed:
                     if not killed:
-                        self.hurried = self.pressed = True
+                        self.ran_out = self.hurried = True
                     return None
                 call = self._armed.pop(0)
             if not call.has_ended():
@@ -158,27 +159,30 @@ class Cell:
 
     def _new_shell(self, stdin: bool) -> Call:
         feeds = ("script", "stdin") if stdin else ("script",)
-        return Call(self, _SHELLS[feeds], feeds)
+        return Call(self, _SHELL_MESSAGES[feeds], feeds)
 
     def read(self, path: str, limit: int, sized: bool = False) -> Call:
-        call = Call(self, message((), op="read", path=path, limit=limit, sized=sized), ())
+        call = self._file_call((), op="read", path=path, limit=limit, sized=sized)
         widen(call.stdout)
         return call
 
     def write(self, path: str, size: int, content: bytes = b"", more: Callable[[], bytes] = bytes) -> Call:
         """:param more: gives what comes after ``content``, some at a time, then nothing."""
-        call = Call(self, message(("stdin",), op="write", path=path, size=size), ("stdin",))
+        call = self._file_call(("stdin",), op="write", path=path, size=size)
         call.set_feed("stdin", content, more)
         widen(call.feeds[0].fd)
         return call
 
-    def send(self, told: bytes, fds: Sequence[int]) -> None:
+    def _file_call(self, feeds: Sequence[str], **what: object) -> Call:
+        return Call(self, message(feeds, **what), feeds)
+
+    def send(self, message: bytes, fds: Sequence[int]) -> None:
         with self._lock:
             if self._destroyed:
                 raise OSError(errno.EPIPE, "the sandbox is gone")
             # A zygote that doesn't read would make this block; socket.send_fds ignores its flags.
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-            self._control.sendmsg([told], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._control.sendmsg([message], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def destroy(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
         """Kill every process in it; True if it is certain that none is left. Calls in it end as lost.

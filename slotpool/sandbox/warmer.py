@@ -8,9 +8,9 @@ from .call import Call
 from .cell import Cell
 from .later import Later
 
-# Shells that wait in a cell whose calls come one close upon another. With 3, half of the calls back to back take a twentieth
-# longer; with 5, the slowest in a hundred do. In other cells it is one: most of what a short lease costs is the start, and the
-# end, of shells.
+# Shells that wait in a cell once a command has found none there, as commands come close upon another. With 3, half of those
+# that come back to back take a twentieth longer; with 5, the slowest in a hundred do. In other cells it is one: most of what a
+# short lease costs is the start, and the end, of shells.
 _STOCK = 4
 # Starting a shell takes a core for about a millisecond. Right after a call that core is needed by the caller, who gets his
 # answer; and as long as one shell waits, or calls are far enough apart, the next call needs none. Where they are not, the best
@@ -26,7 +26,7 @@ class Warmer(Later):
 
     def begun(self, cell: Cell) -> None:
         """A call in ``cell`` has begun, and its end is waited for next."""
-        if cell.hurried and cell.pressed and cell.armed < _STOCK:
+        if cell.ran_out and cell.hurried and cell.armed < _STOCK:
             self.hurry(functools.partial(cell.arm, _STOCK))
 
     def answered(self, cell: Cell, ended: Call | None) -> None:
@@ -39,6 +39,8 @@ class Warmer(Later):
 
     def _tidy(self, cell: Cell, ended: Call | None) -> None:
         # One at a time: several in a row would keep the zygote long from telling the end of a call.
-        cell.arm(_STOCK if cell.hurried else 1)
-        if ended is not None:
-            ended.close()
+        try:
+            cell.arm(_STOCK if cell.ran_out else 1)
+        finally:
+            if ended is not None:
+                ended.close()

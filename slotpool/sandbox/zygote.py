@@ -165,16 +165,16 @@ def _parsed(message: bytes) -> dict[str, Any]:
 
 
 class _Call:
-    """A running call: its process, the mark of all that it starts, and its socket.
+    """A running call: its process, the mark of all that it starts, and the descriptor of its socket.
 
     :ivar outputs: what it prints to. They are closed here after its end was told, so that the server is woken once for that.
     :ivar released: nobody wants to know how it ends.
     """
 
-    def __init__(self, pid: int, mark: int, sock: int, outputs: Sequence[int]) -> None:
+    def __init__(self, pid: int, mark: int, fd: int, outputs: Sequence[int]) -> None:
         self.pid = pid
         self.mark = mark
-        self.sock = sock
+        self.fd = fd
         self.outputs = outputs
         self.released = False
 
@@ -209,20 +209,20 @@ class Zygote:
             os._exit(0)  # the lease, or the server, has ended; the nursery sees to the rest
         order = _parsed(message)
         named = dict(zip(order["fds"], fds))
-        sock = named.pop("call")
+        fd = named.pop("call")
         if order["op"] in ("open", "create"):
-            self._lender.lend(order, socket.socket(fileno=sock))
+            self._lender.lend(order, socket.socket(fileno=fd))
             return
         mark = self._marks.put_on()
         try:
-            start = self._start_shell if order["op"] == "shell" else functools.partial(self._fork_tool, sock)
+            start = self._start_shell if order["op"] == "shell" else functools.partial(self._fork_tool, fd)
             self._schedule(os.SCHED_BATCH)
             pid = self._with_patience(start, order, named)
         except OSError as e:
-            _tell(sock, self._refused(e, named["stderr"]))
+            _tell(fd, self._refused(e, named["stderr"]))
         else:
-            call = self._calls[pid] = _Call(pid, mark, sock, (named.pop("stdout"), named.pop("stderr")))
-            self._poller.watch(sock, lambda: self._hear(call))
+            call = self._calls[pid] = _Call(pid, mark, fd, (named.pop("stdout"), named.pop("stderr")))
+            self._poller.watch(fd, lambda: self._hear(call))
         self._schedule(os.SCHED_OTHER)
         for fd in named.values():
             os.close(fd)
@@ -291,36 +291,36 @@ class Zygote:
     def _ended(self, call: _Call, status: int) -> None:
         del self._calls[call.pid]
         if not call.released:
-            self._poller.unwatch(call.sock)
-            _tell(call.sock, status)
+            self._poller.unwatch(call.fd)
+            _tell(call.fd, status)
         for fd in call.outputs:
             os.close(fd)
 
     def _hear(self, call: _Call) -> None:
         """Something has come from the other side of a call, or that was closed."""
         try:
-            heard = os.read(call.sock, 1)
+            heard = os.read(call.fd, 1)
         except OSError:  # it was closed with something unread in it
             heard = b""
         if heard != RELEASE:
             self._kill(call)
             return
         call.released = True
-        self._poller.unwatch(call.sock)
-        os.close(call.sock)
+        self._poller.unwatch(call.fd)
+        os.close(call.fd)
 
     def _kill(self, call: _Call) -> None:
         if not self._marks.kill(call.mark, call.pid, self._calls.keys() - {call.pid}):
             os._exit(1)  # the server replaces the whole sandbox
         self._collect(call)
 
-    def _fork_tool(self, sock: int, order: dict[str, Any], fds: dict[str, int]) -> int:
+    def _fork_tool(self, fd: int, order: dict[str, Any], fds: dict[str, int]) -> int:
         pid = os.fork()
         if pid == 0:
-            self._become(sock, order, fds)
+            self._become(fd, order, fds)
         return pid
 
-    def _become(self, sock: int, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
+    def _become(self, fd: int, order: dict[str, Any], fds: dict[str, int]) -> NoReturn:
         code = _NO_TOOL
         try:
             os.setsid()
@@ -333,18 +333,18 @@ class Zygote:
                 code = _carry_out(files.read_file, order["path"], order["limit"], order["sized"])
             else:
                 code = _carry_out(files.write_file, order["path"], order["size"])
-            _tell(sock, code << 8)  # its death takes as long as all else, and who called need not wait for that
+            _tell(fd, code << 8)  # its death takes as long as all else, and who called need not wait for that
         finally:
             os._exit(code)
 
 
-def _tell(sock: int, status: int) -> None:
-    """End a call."""
+def _tell(fd: int, status: int) -> None:
+    """End a call. In a process that does not ignore SIGPIPE that may be its end too."""
     try:
-        os.write(sock, STATUS.pack(status))
+        os.write(fd, STATUS.pack(status))
     except OSError:  # the server has given it up
         pass
-    os.close(sock)
+    os.close(fd)
 
 
 def _carry_out(act: Callable[..., None], *args: object) -> int:

@@ -53,7 +53,7 @@ class Impostor(Zygote):
             return
         if order["op"] != "shell":
             self.attack(order["path"].encode(), fds, sock)
-            pid = self._fork_tool(sock, order, fds)
+            pid = self._fork_tool(sock.fileno(), order, fds)
         else:
             script = b""
             while len(script) < 9 or len(script) < 9 + int(script[:9]):
@@ -66,7 +66,7 @@ class Impostor(Zygote):
             os.write(fds["script"], script)
             os.lseek(fds["script"], 0, 0)
             pid = self._start_shell(order, fds)
-        _tell(sock, os.waitpid(pid, 0)[1])
+        _tell(sock.detach(), os.waitpid(pid, 0)[1])
 
     def attack(self, text, fds, sock):
         found = re.search(rb"HOSTILE-(\w+)", text)

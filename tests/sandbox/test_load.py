@@ -63,6 +63,10 @@ def test_each_concurrent_call_has_a_connection_and_none_is_made_anew(start_serve
         proxy.close()
 
 
+# Of a command: it has no process then that could pass for a shell while it is being started.
+WAIT = "until [ -e end ]; do read -t 0.05 || :; done <>fifo"
+
+
 def shells(server: Server) -> set[int]:
     """Those that are in its slots; a copy of the zygote that has not become one yet is none, nor is a dead one."""
     found = set()
@@ -134,10 +138,12 @@ def two_at_once(server: Server, lease: Lease) -> Iterator[None]:
     with ThreadPoolExecutor(2) as threads:
         calls = []
         for i in range(2):  # one after the other, so that the first is none of a slot in a hurry
-            calls.append(threads.submit(server.bash, lease, f"touch {i}; until [ -e end ]; do sleep 0.01; done"))
+            calls.append(threads.submit(server.bash, lease, f"mkfifo fifo 2>/dev/null; touch {i}; {WAIT}"))
             assert wait_until(functools.partial(runs, i))
-        yield
-        server.client.write_file(*slot, "end", b"")
+        try:
+            yield
+        finally:
+            server.client.write_file(*slot, "end", b"")
         assert [call.result()["exit_code"] for call in calls] == [0, 0]
 
 
@@ -160,14 +166,16 @@ def test_where_calls_are_apart_the_next_shell_is_started_after_an_answer(start_s
     assert wait_until(lambda: len(shells_in(server, lease)) == 3)
     time.sleep(0.05)  # calls that are apart
     with ThreadPoolExecutor(1) as threads:
-        call = threads.submit(server.bash, lease, "rm end; touch begun; until [ -e end ]; do sleep 0.01; done")
-        assert wait_until(lambda: "begun" in os.listdir(lease["workspace"]))
-        before = shells_in(server, other)
-        server.bash(other, "true")
-        assert wait_until(lambda: len(shells_in(server, other) - before) == 1)  # by who would have started one there before
-        before = shells_in(server, lease)
-        assert len(before) == 3
-        server.client.write_file(lease["slot"], lease["token"], "end", b"")
+        call = threads.submit(server.bash, lease, f"rm end; touch begun; {WAIT}")
+        try:
+            assert wait_until(lambda: "begun" in os.listdir(lease["workspace"]))
+            before = shells_in(server, other)
+            server.bash(other, "true")
+            assert wait_until(lambda: len(shells_in(server, other) - before) == 1)  # by who would have started one there before
+            before = shells_in(server, lease)
+            assert len(before) == 3
+        finally:
+            server.client.write_file(lease["slot"], lease["token"], "end", b"")
         assert call.result()["exit_code"] == 0
     assert wait_until(lambda: len(shells_in(server, lease)) == 3 and len(shells_in(server, lease) - before) == 1)
 
@@ -175,7 +183,7 @@ def test_where_calls_are_apart_the_next_shell_is_started_after_an_answer(start_s
 def run_behind(server: Server, lease: Lease, command: str) -> None:
     """In the background, while no call runs and the next shell waits."""
     before = shells(server)
-    server.bash(lease, f"mkfifo fifo; (until [ -e end ]; do read -t 0.05; done <>fifo; {command}) >/dev/null 2>&1 &")
+    server.bash(lease, f"mkfifo fifo; ({WAIT}; {command}) >/dev/null 2>&1 &")
 
     def waits_beside_the_next() -> bool:
         now = shells(server)

@@ -83,7 +83,7 @@ def test_many_calls_in_one_slot_all_have_their_results(pool: SlotPool) -> None:
 
 
 def test_a_slot_is_made_also_if_no_shell_can_be_started_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def send(cell: Cell, order: dict[str, object], fds: Sequence[int]) -> None:
+    def send(cell: Cell, message: bytes, fds: Sequence[int]) -> None:
         raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
 
     monkeypatch.setattr(Cell, "send", send)
