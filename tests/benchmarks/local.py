@@ -36,7 +36,7 @@ def main() -> None:
     imports()
     with SlotPool(SlotPoolConfig(isolation=isolation, slots_per_container=50, max_containers=1)) as pool:
         own_work(pool, 1)
-        own_work(pool, 40)
+        own_work(pool, 200)
         batches(pool)
     many(isolation)
 
