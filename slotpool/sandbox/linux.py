@@ -45,6 +45,7 @@ _KEYCTL = {"x86_64": 250, "aarch64": 219, "riscv64": 219, "ppc64le": 271, "s390x
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}  # sched_getattr is the next
 _SCHED_FLAG_RESET_ON_FORK = 0x01
+LONG_SLICE = 4_000_000  # nanoseconds; usual ones have at most 3,000,000, if nobody has changed that
 
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02

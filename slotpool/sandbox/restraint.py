@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _PERIOD = 0.1  # seconds between two looks; one costs 30 microseconds unless the machine is crowded
 _MOST_OF_TIME = 0.1  # of a processor, that looks may take then
 _BUSY = 4  # threads for each processor, from which on it is too many; `make -j$(nproc)` has a quarter of that
-_SLICE = 4_000_000  # nanoseconds; usual ones have at most 3,000,000, if nobody has changed that
 _PARDONS = 2  # times that a slot's threads may take their restraint off, as one does that chooses its processors when it begins
 _MEMORY = 10.0  # seconds after which such a time is forgotten
 
@@ -53,7 +52,7 @@ def _settable_slice() -> int:
         linux.set_slice(0, usual)
     except OSError:
         return 0
-    return _SLICE
+    return linux.LONG_SLICE
 
 
 class Restraint:

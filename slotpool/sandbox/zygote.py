@@ -164,6 +164,17 @@ def _parsed(message: bytes) -> dict[str, Any]:
     return order
 
 
+def _lengthen_slices() -> None:
+    """Have this process, and what it starts, leave a processor at once to whom else wakes up there: since Linux 6.12 one that
+    has a longer time slice does, see EEVDF in the kernel's documentation. The slowest of calls back to back take a twentieth
+    less like that.
+    """
+    try:
+        linux.set_slice(0, linux.LONG_SLICE)
+    except OSError:  # it may not be done here
+        pass
+
+
 class _Call:
     """A running call: its process, the mark of all that it starts, and the descriptor of its socket.
 
@@ -193,6 +204,8 @@ class Zygote:
         self._child_ended = linux.child_signals()
         self._null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._yields = linux.has_usual_policy()  # what it starts, to who serves it
+        if self._yields:
+            _lengthen_slices()
 
     def run(self) -> NoReturn:
         self._poller.watch(self._control.fileno(), self._start)
