@@ -237,8 +237,8 @@ class Zygote:
             call = self._calls[pid] = _Call(pid, mark, fd, (named.pop("stdout"), named.pop("stderr")))
             self._poller.watch(fd, lambda: self._hear(call))
         self._schedule(os.SCHED_OTHER)
-        for fd in named.values():
-            os.close(fd)
+        for other in named.values():
+            os.close(other)
 
     def _schedule(self, policy: int) -> None:
         """By it from now on, and what is started.
