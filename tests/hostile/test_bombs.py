@@ -46,7 +46,7 @@ def work():
 [threading.Thread(target=work).start() for _ in range(64)]
 """
 UNRESTRAINING = """
-import os
+import os, signal
 for _ in range(64):
     if not os.fork():
         while 1:
@@ -55,24 +55,27 @@ for _ in range(64):
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
             except OSError:
                 pass
-os.wait()
+signal.pause()
 """
 IDLE = """
-import os
+import os, signal
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # so that it keeps the time slices that others have too
 for _ in range(64):
     if not os.fork():
         while 1: pass
-os.wait()
+signal.pause()
 """
 RESETTING = """
-import os
+import os, signal
 os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
 for _ in range(64):
     if not os.fork():
-        os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        try:
+            os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+        except OSError:  # it is restrained already
+            pass
         while 1: os.sched_setaffinity(0, range(os.cpu_count()))
-os.wait()
+signal.pause()
 """
 NAMED = r"""
 import ctypes, os
