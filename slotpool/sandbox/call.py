@@ -24,12 +24,17 @@ _PIPE_CHUNK = 1 << 20  # as wide as a pipe may be made by any user, see pipe(7)
 _F_SETPIPE_SZ = 1031  # fcntl(2); Python has a name for it from 3.10 on
 
 
-def message(feeds: Sequence[str], **what: object) -> bytes:
-    """What a zygote is told of a call, see there.
+def message(fds: Sequence[str], **what: object) -> bytes:
+    """What a zygote is told of a call, see there."""
+    return json.dumps({**what, "fds": fds}).encode()
+
+
+def descriptors(feeds: Sequence[str]) -> Sequence[str]:
+    """Those that a :class:`Call` gives the zygote.
 
     :param feeds: what the server writes to.
     """
-    return json.dumps({**what, "fds": ["call", *_outputs(feeds), *feeds]}).encode()
+    return ("call", *_outputs(feeds), *feeds)
 
 
 def _outputs(feeds: Sequence[str]) -> Sequence[str]:
@@ -45,12 +50,11 @@ def widen(pipe: int) -> None:
 class Feed:
     """Bytes on their way into a call's pipe."""
 
-    __slots__ = ("fd", "is_done", "more", "name", "rest")
+    __slots__ = ("fd", "more", "name", "rest")
 
     def __init__(self, name: str, fd: int) -> None:
         self.name = name
         self.fd = fd
-        self.is_done = False
         self.rest = memoryview(b"")
         self.more: Callable[[], bytes] = bytes  # gives what comes after the rest
 
@@ -65,7 +69,7 @@ class Call:
     def __init__(self, cell: Cell, message: bytes, feeds: Sequence[str]) -> None:
         """Start it.
 
-        :param message: for the zygote, see :func:`message`.
+        :param message: for the zygote, of these :func:`descriptors`.
         :raises OSError: if the sandbox is gone or does not take orders.
         """
         self._lock = threading.Lock()  # guards the next three against kill() and cancel() from other threads
@@ -77,7 +81,7 @@ class Call:
         self._is_let_go = False  # a shell dies as soon as its command has ended, and not only when this is closed
         self._closed = False
         self.cell = cell
-        self.feeds: list[Feed] = []
+        self.feeds: list[Feed] = []  # that are not written yet
         self.stdout = self.stderr = -1
         self.told = -1  # of a shell: where it tells how its command has ended
         self.sock, far_sock = socket.socketpair()
@@ -130,23 +134,21 @@ class Call:
         return self._feed(next(feed for feed in self.feeds if feed.fd == fd))
 
     def _feed(self, feed: Feed) -> bool:
-        fd = feed.fd
         try:
             while feed.rest or feed.refill():
-                feed.rest = feed.rest[os.write(fd, feed.rest[:_PIPE_CHUNK]) :]
+                feed.rest = feed.rest[os.write(feed.fd, feed.rest[:_PIPE_CHUNK]) :]
         except BlockingIOError:
             return False
         except BrokenPipeError:
             pass
-        feed.is_done = True
+        self.feeds = [other for other in self.feeds if other is not feed]
         if feed is not self._script:  # whose reader knows its length, and which tells how much of it was read
-            self.feeds.remove(feed)
-            os.close(fd)
+            os.close(feed.fd)
         return True
 
     def feed_all(self) -> list[int]:
         """Write as much as the pipes take; those that take more later."""
-        return [feed.fd for feed in list(self.feeds) if not (feed.is_done or self._feed(feed))]
+        return [feed.fd for feed in self.feeds if not self._feed(feed)]
 
     def has_ended(self) -> bool:
         """Whether :meth:`read_status` would return at once."""
@@ -224,6 +226,7 @@ class Call:
             with contextlib.suppress(OSError):  # it just has
                 self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self.sock.close()
-        for fd in (self.stdout, self.stderr, self.told, *(feed.fd for feed in self.feeds)):
+        feeds = {*self.feeds, self._script}
+        for fd in (self.stdout, self.stderr, self.told, *(feed.fd for feed in feeds if feed is not None)):
             if fd >= 0:
                 os.close(fd)

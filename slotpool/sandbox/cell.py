@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Callable
 
 from ..errors import SandboxStartFailed
 from . import linux, nursery, zygote
-from .call import Call, message, widen
+from .call import Call, descriptors, message, widen
 from .nursery_process import NurseryProcess
 from .undertaker import Undertaker
 
@@ -32,7 +32,7 @@ DEATH_LIMIT = 10.0  # seconds for all its processes to die
 # processors, by starting the next shell while a command runs, and by having its own die as it ends; with more it costs a tenth.
 _SOON = 0.002
 # Made once, as that of a shell is on the warm path of a command.
-_SHELL_MESSAGES = {feeds: message(feeds, op="shell") for feeds in (("script",), ("script", "stdin"))}
+_SHELL_MESSAGES = {feeds: message(descriptors(feeds), op="shell") for feeds in (("script",), ("script", "stdin"))}
 
 
 def start(nursery: NurseryProcess, order: Order) -> Cell:
@@ -174,7 +174,7 @@ class Cell:
         return call
 
     def _file_call(self, feeds: Sequence[str], **what: object) -> Call:
-        return Call(self, message(feeds, **what), feeds)
+        return Call(self, message(descriptors(feeds), **what), feeds)
 
     def send(self, message: bytes, fds: Sequence[int]) -> None:
         with self._lock:

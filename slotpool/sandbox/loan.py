@@ -8,12 +8,12 @@ hold up who reads it, as a FIFO would, or a file system of the slot's own.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import stat
 
 from . import lender, linux
+from .call import message
 from .cell import Cell
 
 _PATIENCE = 2.0  # seconds for the zygote to answer; it has little to do
@@ -71,7 +71,7 @@ def _borrow(cell: Cell, order: dict[str, object], device: int | None) -> Loan | 
     sock.settimeout(_PATIENCE)
     try:
         with far:
-            cell.send(json.dumps({**order, "fds": ["call"]}).encode(), [far.fileno()])
+            cell.send(message(["call"], **order), [far.fileno()])
         told, fds = linux.receive(sock, lender.ANSWER.size, linux.MOST_DESCRIPTORS)
     except OSError:  # and whatever is wrong with the sandbox
         linux.hang_up(sock)

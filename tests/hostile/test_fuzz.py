@@ -13,9 +13,10 @@ import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
+from cells import new_cell
 from conftest import Server, StartServer, wait_until
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -393,13 +394,6 @@ def test_no_bytes_make_the_server_fail_or_keep_anything(fuzzed: Fuzzed) -> None:
 # What a zygote can do, whose place processes of the slot may have taken
 
 
-class _AtOnce:
-    """An undertaker that doesn't wait."""
-
-    def take(self, act: Callable[[], None]) -> None:
-        act()
-
-
 def _messages(*usual: bytes) -> st.SearchStrategy[bytes]:
     return st.sampled_from([*usual, b"", b"\0", b"x" * 70_000]) | st.binary(max_size=12)
 
@@ -509,22 +503,12 @@ def _run(call: Call, hostile: _Zygote, before: list[Any], amid: list[Any]) -> st
     return "lost" if outcome.lost else "with a status"
 
 
-def _cell(stack: contextlib.ExitStack) -> tuple[Cell, socket.socket, socket.socket]:
-    """A sandbox from the server's side, and the far ends of its control socket and its lifeline."""
-    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
-    control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    stack.callback(far_control.close)
-    stack.callback(far_lifeline.close)
-    return Cell(order, control, lifeline, _AtOnce()), far_control, far_lifeline  # type: ignore[arg-type]
-
-
 def _meet(
     greeting: tuple[bytes, int] | None, calls: list[tuple[str, list[Any], list[Any]]], end: tuple[bytes, int] | None
 ) -> str:
     """One sandbox from the server's side, from its start to its end."""
     with contextlib.ExitStack() as stack:
-        made, far_control, far_lifeline = _cell(stack)
+        made, far_control, far_lifeline = new_cell(stack)
         if greeting is None:
             far_control.close()
         elif greeting[0] != b"x" * 70_000:  # that one says nothing
@@ -556,7 +540,7 @@ def _meet(
 def test_what_a_shell_tells_amid_its_input_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipe of its input has room again just as that is seen to."""
     with contextlib.ExitStack() as stack:
-        made, far_control, far_lifeline = _cell(stack)
+        made, far_control, far_lifeline = new_cell(stack)
         call = made.shell(b"true", b"x" * 100_000)
         hostile = _Zygote(far_control)
         read_told = call.read_told

@@ -8,21 +8,14 @@ import os
 import socket
 import types
 from collections.abc import Iterator
-from typing import Any, Callable
 
 import attr
 import pytest
+from cells import new_cell
 
 from slotpool.sandbox import cell, linux, nursery, zygote
 from slotpool.sandbox.cell import Cell
 from slotpool.sandbox.warmer import Warmer
-
-
-class _AtOnce:
-    """In place of the thread that closes what a dead sandbox needed."""
-
-    def take(self, act: Callable[[], None]) -> None:
-        act()
 
 
 @attr.s(auto_attribs=True)
@@ -62,12 +55,9 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     now = [1000.0]
     clock = types.SimpleNamespace(now=now, monotonic=lambda: now[0])
     monkeypatch.setattr(cell, "time", clock)
-    order: Any = {"mode": "bwrap", "uid": os.geteuid(), "gid": os.getegid()}
-    near, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    control.settimeout(20)
-    with control, far_lifeline:
-        made = Cell(order, near, lifeline, _AtOnce())  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        made, control, far_lifeline = new_cell(stack)
+        control.settimeout(20)
         yield Sandbox(made, control, clock)
         far_lifeline.send(nursery.DEAD)
         made.destroy()
