@@ -11,6 +11,8 @@ import contextlib
 import errno
 import functools
 import os
+import select
+import signal
 import socket
 import threading
 import time
@@ -67,6 +69,8 @@ class Cell:
         self._undertaker = undertaker
         self._control = control
         self._lifeline = lifeline
+        lifeline.setblocking(False)  # it is read where something has come
+        self._first: list[int] = []  # what comes with nursery.FIRST
         self.hurried = False
         self._answered = 0.0  # when the last answer was, on the monotonic clock
         self._lock = threading.Lock()  # guards what follows up to _destroyed, and that the sockets aren't closed while in use
@@ -93,6 +97,10 @@ class Cell:
         if told != zygote.READY:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")
+        if self.order["mode"] == "bwrap":  # where that has come before the zygote was made
+            told, self._first = linux.receive(self._lifeline, 64, nursery.FIRST_FDS)
+            if not self._first:
+                raise SandboxStartFailed(f"expected to be told the sandbox's first process, got {told!r}")
 
     @property
     def armed(self) -> int:
@@ -195,36 +203,55 @@ class Cell:
             self._destroyed = True
             armed, self._armed = self._armed, []
         with self._ending:
-            namespaces: list[int] = []
             if self._dead is None:
-                self._dead, namespaces = self._end(meanwhile)
+                self._dead = self._end(meanwhile)
+                self._has_waited = True
             # Calls not before: the zygote would look for the processes of each, only to die with them.
-            self._undertaker.take(functools.partial(self._close, armed, namespaces))
+            self._undertaker.take(functools.partial(self._close, armed))
             return self._dead is True
 
-    def _end(self, meanwhile: Callable[[], None]) -> tuple[bool | None, list[int]]:
-        """Whether its processes are dead, and what is to be closed then."""
+    def _end(self, meanwhile: Callable[[], None]) -> bool | None:
+        """Whether its processes are dead; None if that is not known yet."""
         try:
-            self._lifeline.shutdown(socket.SHUT_WR)
+            self._begin_to_kill()
             if self.order["mode"] != "none" and self._control.fileno() >= 0:  # as it is the first time
-                # Its zygote's death takes as long as all others', and the nursery comes to it only later: so it ends by itself.
+                # Its zygote's death takes as long as all others', and who kills comes to that only later: so it ends by itself.
                 self._control.shutdown(socket.SHUT_WR)
             meanwhile()
-            self._lifeline.settimeout(0.0 if self._has_waited else DEATH_LIMIT)
-            self._has_waited = True
-            told, namespaces = linux.receive(self._lifeline, 64, 8)
-        except (socket.timeout, BlockingIOError):
-            self._control.close()
-            return None, []
+            return self._wait_for_death(0.0 if self._has_waited else DEATH_LIMIT)
         except OSError:
-            return False, []
-        return told == nursery.DEAD, namespaces
+            return False
 
-    def _close(self, calls: Sequence[Call], namespaces: Sequence[int]) -> None:
+    def _begin_to_kill(self) -> None:
+        if not self._first:
+            self._lifeline.shutdown(socket.SHUT_WR)  # which has the nursery do it
+            return
+        # The nursery learns of it as the lifeline is closed. To wake it was a tenth of what lies between two leases.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._first[0], signal.SIGKILL)
+
+    def _wait_for_death(self, limit: float) -> bool | None:
+        """By the nursery, or with a first process by the kernel; as it is the nursery's child, not if that has gone."""
+        first = self._first[:1]
+        waited = select.poll()
+        for fd in (*first, self._lifeline.fileno()):
+            waited.register(fd, select.POLLIN)
+        while ready := [fd for fd, _ in waited.poll(limit * 1000)]:
+            if first and first[0] in ready:
+                return True
+            told, fds = linux.receive(self._lifeline, 64, nursery.FIRST_FDS)
+            for fd in fds:  # of what did not come to stand
+                os.close(fd)
+            if told != nursery.FIRST:
+                return told == nursery.DEAD
+        self._control.close()
+        return None
+
+    def _close(self, calls: Sequence[Call]) -> None:
         for call in calls:
             call.close()
         if self._dead is not None:
             self._control.close()
             self._lifeline.close()
-        for fd in namespaces:
-            os.close(fd)
+            while self._first:
+                os.close(self._first.pop())

@@ -7,9 +7,13 @@ The first message on the control socket (``SOCK_SEQPACKET``, the first argument 
 end: a JSON list of the server's directory and its control groups, with descriptors that are locks, to be held till then. Each
 further one asks for one sandbox: a JSON object, see :class:`~slotpool.sandbox.order.Order`, with two descriptors, the
 zygote's control socket and a *lifeline*. The sandbox lives as long as the other side keeps its end of the lifeline open for
-writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left, with descriptors of the
-namespaces that it had, for the other side to close. Until it comes that is being tried; an end of file without it says that
-this process has gone, or never got the lifeline, being short of descriptors or memory.
+writing. Then every process of it is killed, and :data:`DEAD` on the lifeline says that none is left. Until it comes that is
+being tried; an end of file without it says that this process has gone, or never got the lifeline, being short of descriptors or
+memory.
+
+In mode ``bwrap`` :data:`FIRST` comes on the lifeline before the zygote is ready, with a pidfd of the PID namespace's first
+process, and descriptors of the namespaces that take long to be taken down. By the former the other side can kill all of the
+sandbox, and see when nothing is left of that. The latter it closes when nobody waits for the sandbox's end.
 
 When the server is gone, however it went, all sandboxes are ended, and its directory and its control groups are removed.
 """
@@ -17,6 +21,7 @@ When the server is gone, however it went, all sandboxes are ended, and its direc
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
     Watch = Union[Relief, Restraint]  # what looks at all sandboxes now and then
 
 DEAD = b"dead"
+FIRST = b"first"
+FIRST_FDS = 4  # at most
 _PAUSE = 0.05  # seconds until what failed for a shortage is tried again
 _AGAIN = 1.0  # seconds until what could not be killed, or cleared up, is tried again
 _REST = 10.0  # seconds until one looks again that could not
@@ -65,6 +72,7 @@ class Nursery:
         self.living: set[Sandbox] = set()
         self.ipc_objects = IpcObjects()
         self.is_crowded = False  # see confine.is_crowded(); when a sandbox was made last
+        self._reaps = False  # children's ends are waited for here
         self._serving = True
         self._watches = watches
         self._later: list[tuple[float, Callable[[], None]]] = []
@@ -127,6 +135,11 @@ class Nursery:
         times = [at for at, _ in self._later] + ([deadline] if deadline is not None else [])
         return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
 
+    def _begin_to_reap(self) -> None:
+        if not self._reaps:  # to be done once: what has come of the signal by then is discarded, see sigaction(2)
+            self._reaps = True
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def _reap(self, child_ended: int) -> None:
         os.read(child_ended, 4096)
         self._wait_for_ended()
@@ -169,6 +182,8 @@ class Nursery:
         order: Order = json.loads(message)
         control, lifeline = (socket.socket(fileno=fd) for fd in fds)
         sandbox = KINDS[order["mode"]](self, order, control, lifeline)
+        if sandbox.ends_with_children:
+            self._begin_to_reap()
         if not has_room:
             sandbox.fail("the process that makes sandboxes has as many descriptors as it may have")
             sandbox.died()
@@ -188,7 +203,12 @@ def _guarded(call: Callable[[], None]) -> None:
 
 
 class Sandbox:
-    """One sandbox from start to death. Subclasses say how it starts and how everything in it is killed."""
+    """One sandbox from start to death. Subclasses say how it starts and how everything in it is killed.
+
+    :cvar ends_with_children: that it is dead is known by the ends of this process's children.
+    """
+
+    ends_with_children = True
 
     def __init__(self, nursery: Nursery, order: Order, control: socket.socket, lifeline: socket.socket) -> None:
         self.nursery = nursery
@@ -224,16 +244,12 @@ class Sandbox:
         self.nursery.unwatch(self._lifeline.fileno())
         self.kill()
 
-    def died(self, namespaces: Sequence[int] = ()) -> None:
-        for fds in (namespaces, ()):  # too many of this user's descriptors may be on their way already
-            try:
-                socket.send_fds(self._lifeline, [DEAD], fds)
-                break
-            except ConnectionError:  # nobody waits for it
-                break
-            except OSError:
-                pass
-        else:
+    def died(self) -> None:
+        try:
+            self._lifeline.send(DEAD, socket.MSG_NOSIGNAL)
+        except ConnectionError:  # nobody waits for it
+            pass
+        except OSError:
             self.nursery.later(self.died)
             return
         self._lifeline.close()
@@ -244,6 +260,7 @@ class Sandbox:
             raise OSError("the sandbox has failed already")
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             zygote.main(self._control, self.order, enter)
         self._control.close()
         self._control = None
@@ -355,8 +372,13 @@ class UserSandbox(Sandbox):
 class BwrapSandbox(Sandbox):
     """Mode ``bwrap``: bubblewrap makes the namespaces and holds them with a process that only waits, the PID namespace's
     first; the zygote joins them. When the first process dies, the kernel kills all others, and only then reports it dead.
+
+    That is once each has been waited for too, see pid_namespaces(7), and the zygote is this process's child. So that nobody has
+    to wait until this one comes to it, it ignores SIGCHLD: what ends then is waited for by nobody, see wait(2).
     """
 
+    ends_with_children = False
+    _bubblewrap = 0  # its process id
     _first_pid = 0
     _first: int | None = None  # its pidfd
     _told = b""  # what bubblewrap has written of it
@@ -374,13 +396,14 @@ class BwrapSandbox(Sandbox):
             # done it says so by copying what is written here.
             waits, self._hold, self._ready, payload_out, self._info, bwrap_info = pipes
             os.write(self._hold, confine.BWRAP_READY)
-            pid = os.fork()
+            pid = self._bubblewrap = os.fork()
         except OSError:
             for fd in pipes:
                 os.close(fd)
             self._hold, self._settled, self._heard = None, True, True
             raise
         if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             confine.exec_bwrap(self.order, waits, payload_out, (self._info, bwrap_info))
         for fd in (waits, payload_out, bwrap_info):
             os.close(fd)
@@ -396,16 +419,26 @@ class BwrapSandbox(Sandbox):
         os.close(self._info)
         self._settled = True
         if self._told:
-            # The id can't have been reused: bubblewrap waits for its child, and is itself a child that waits to be reaped.
             self._first_pid = json.loads(self._told)["child-pid"]
             try:
-                self._first = os.pidfd_open(self._first_pid)
-            except ProcessLookupError:
+                self._first = self._open_first()
+            except (ProcessLookupError, FileNotFoundError):  # it has ended
                 pass
             except OSError as e:
                 self.fail(str(e))  # nothing joins it, and the payload ends by itself
         if self._ending:
             self.kill()
+
+    def _open_first(self) -> int:
+        first = os.pidfd_open(self._first_pid)
+        try:
+            parent = int(linux.stat_fields(f"/proc/{self._first_pid}")[1])
+            if parent not in (self._bubblewrap, os.getpid()):
+                raise ProcessLookupError(errno.ESRCH, "its id is another's by now")
+        except BaseException:
+            os.close(first)
+            raise
+        return first
 
     def _join(self) -> None:
         # It was written before the payload could start; in a dozen pieces, of which each would have woken this process.
@@ -426,6 +459,13 @@ class BwrapSandbox(Sandbox):
             self.fail(self._said.decode("utf-8", "replace").strip() or "bubblewrap ended without a word")
 
     def _fork_into(self) -> None:
+        assert self._first is not None
+        namespaces = confine.namespaces_to_keep(self._first_pid)
+        try:
+            socket.send_fds(self._lifeline, [FIRST], [self._first, *namespaces])
+        finally:
+            for fd in namespaces:
+                os.close(fd)
         with confine.forking_into(self._first_pid):
             self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
 
@@ -444,7 +484,6 @@ class BwrapSandbox(Sandbox):
             if self._heard:
                 self.died()
             return  # else _join comes back here
-        self._namespaces = confine.namespaces_to_keep(self._first_pid)
         try:
             signal.pidfd_send_signal(self._first, signal.SIGKILL)
         except ProcessLookupError:
@@ -454,9 +493,7 @@ class BwrapSandbox(Sandbox):
     def _first_died(self) -> None:
         assert self._first is not None
         self._close(self._first)
-        self.died(self._namespaces)
-        for fd in self._namespaces:
-            os.close(fd)
+        self.died()
 
 
 KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "bwrap": BwrapSandbox}
@@ -465,9 +502,9 @@ KINDS: dict[str, type[Sandbox]] = {"none": PlainSandbox, "user": UserSandbox, "b
 def main(argv: list[str]) -> None:
     control = socket.socket(fileno=_keep_to_ourselves(int(argv[0])))
     # A descriptor tells of children's ends: to undo a signal's handler was a fifth of what a zygote does until it is ready. Nor
-    # may the signal be ignored, as who started the server may have had it: then there would be no ends to wait for.
+    # is it left as who started the server had it, see BwrapSandbox.
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD])
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.umask(0o022)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

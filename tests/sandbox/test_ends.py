@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, ROOT, StartServer, wait_until
+from cells import zygotes
+from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
 
 from slotpool.errors import StartFailed
-from slotpool.sandbox import cgroups, confine, linux, nursery
+from slotpool.sandbox import cgroups, confine, killing, linux, nursery
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -101,6 +103,22 @@ def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest
             host.lease("test", 60, 0, [lease["token"]], 0)
     finally:
         host.close()
+
+
+def test_who_ends_a_sandbox_with_namespaces_waits_for_its_death_alone() -> None:
+    if why_not("bwrap"):
+        pytest.skip(why_not("bwrap"))
+    maker = TenancyMaker(HostConfig(slots=1, isolation="bwrap"), process := NurseryProcess())
+    try:
+        tenancy = maker.make(network=False)
+        inside = zygotes(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        maker.end(tenancy)
+        assert inside
+        assert not inside.intersection(killing.children(process.pid)), "gone, and not only dead"
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        maker.close()
 
 
 @pytest.fixture
