@@ -333,12 +333,19 @@ class UserSandbox(Sandbox):
         # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.
         if self._zygote is not None:
             os.kill(self._zygote, signal.SIGKILL)
+        self._begin_to_clear()
         self._look()
         self.nursery.later(self._kill_again)
 
     def _kill_again(self) -> None:
         if self._dying:  # `bereaved` may know the user for another sandbox by now, which has taken this one's place
             self.kill()
+
+    def _begin_to_clear(self) -> None:
+        """While its processes die, so that less is left to do when somebody waits for just that."""
+        with contextlib.suppress(OSError):  # it comes again
+            self.nursery.ipc_objects.remove(self.order["uid"])
+        self.nursery.scratch(self.order["scratch"]).may_have(self.order["uid"])
 
     def _look(self) -> None:
         uid = self.order["uid"]
