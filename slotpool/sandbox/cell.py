@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Callable
 
 from ..errors import SandboxStartFailed
-from . import linux, nursery, zygote
+from . import linux, sandboxes, zygote
 from .call import Call, descriptors, message, widen
 from .nursery_process import NurseryProcess
 from .undertaker import Undertaker
@@ -70,7 +70,7 @@ class Cell:
         self._control = control
         self._lifeline = lifeline
         lifeline.setblocking(False)  # it is read where something has come
-        self._first: list[int] = []  # what comes with nursery.FIRST
+        self._first: list[int] = []  # what comes with sandboxes.FIRST
         self.hurried = False
         self._answered = 0.0  # when the last answer was, on the monotonic clock
         self._lock = threading.Lock()  # guards what follows up to _destroyed, and that the sockets aren't closed while in use
@@ -98,7 +98,7 @@ class Cell:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")
         if self.order["mode"] == "bwrap":  # where that has come before the zygote was made
-            told, self._first = linux.receive(self._lifeline, 64, nursery.FIRST_FDS)
+            told, self._first = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
             if not self._first:
                 raise SandboxStartFailed(f"expected to be told the sandbox's first process, got {told!r}")
 
@@ -239,11 +239,11 @@ class Cell:
         while ready := [fd for fd, _ in waited.poll(limit * 1000)]:
             if first and first[0] in ready:
                 return True
-            told, fds = linux.receive(self._lifeline, 64, nursery.FIRST_FDS)
+            told, fds = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
             for fd in fds:  # of what did not come to stand
                 os.close(fd)
-            if told != nursery.FIRST:
-                return told == nursery.DEAD
+            if told != sandboxes.FIRST:
+                return told == sandboxes.DEAD
         self._control.close()
         return None
 

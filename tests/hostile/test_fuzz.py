@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from slotpool.errors import SandboxStartFailed
-from slotpool.sandbox import capture, cell, nursery, protocol, tools, zygote
+from slotpool.sandbox import capture, cell, protocol, sandboxes, tools, zygote
 from slotpool.sandbox.call import Call
 from slotpool.sandbox.capture import Driver, Job
 from slotpool.sandbox.cell import Cell
@@ -411,7 +411,7 @@ _GREETINGS = st.tuples(
     _messages(zygote.READY, zygote.READY, zygote.READY, zygote.ERROR, zygote.ERROR + b"\xff"), st.integers(0, 12)
 )
 _MEETINGS = st.integers(0, 3).flatmap(lambda kind: st.just((zygote.READY, 0)) if kind else st.none() | _GREETINGS)
-_ENDS = st.none() | st.tuples(_messages(nursery.DEAD, nursery.DEAD), st.integers(0, 12))
+_ENDS = st.none() | st.tuples(_messages(sandboxes.DEAD, sandboxes.DEAD), st.integers(0, 12))
 _OPS = st.sampled_from(["shell", "shell with input", "read", "write", "armed"])
 
 
@@ -530,8 +530,8 @@ def _meet(
             _send(far_lifeline, *end)
         else:
             far_lifeline.close()
-        assert made.destroy() == (end is not None and end[0] == nursery.DEAD)
-        assert made.destroy() == (end is not None and end[0] == nursery.DEAD), "the same, however often"
+        assert made.destroy() == (end is not None and end[0] == sandboxes.DEAD)
+        assert made.destroy() == (end is not None and end[0] == sandboxes.DEAD), "the same, however often"
         with pytest.raises(OSError, match="gone"):
             made.read("/workspace/a", 1)
         return told

@@ -20,7 +20,7 @@ from cells import zygotes
 from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
 
 from slotpool.errors import StartFailed
-from slotpool.sandbox import cgroups, confine, killing, linux, nursery
+from slotpool.sandbox import cgroups, confine, killing, linux, sandboxes
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -171,11 +171,14 @@ def test_its_control_group_is_asked_where_the_machine_is_crowded_and_only_the_fi
     of: list[tuple[str, ...]] = []
     monkeypatch.setattr(confine, "kill_user", lambda uid, killer, groups: of.append(tuple(groups)))
     monkeypatch.setattr(confine, "has_processes", lambda uid: True)
-    beside: Any = SimpleNamespace(is_crowded=crowded, bereaved={}, later=lambda call: None)
-    order: Any = {"uid": 2_900_000_001, "killer": 2_900_000_002, "groups": ["group"]}
+    nothing: Any = SimpleNamespace(remove=lambda uid: None, may_have=lambda uid: [])
+    beside: Any = SimpleNamespace(
+        is_crowded=crowded, bereaved={}, later=lambda call: None, ipc_objects=nothing, scratch=lambda directories: nothing
+    )
+    order: Any = {"uid": 2_900_000_001, "killer": 2_900_000_002, "groups": ["group"], "scratch": []}
     near, far = socket.socketpair()
     with near, far:
-        sandbox = nursery.UserSandbox(beside, order, near, far)
+        sandbox = sandboxes.UserSandbox(beside, order, near, far)
         sandbox.kill()
         sandbox.kill()
     assert of == asked

@@ -13,7 +13,7 @@ import attr
 import pytest
 from cells import new_cell
 
-from slotpool.sandbox import cell, linux, nursery, zygote
+from slotpool.sandbox import cell, linux, sandboxes, zygote
 from slotpool.sandbox.cell import Cell
 from slotpool.sandbox.warmer import Warmer
 
@@ -59,7 +59,7 @@ def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
         made, control, far_lifeline = new_cell(stack)
         control.settimeout(20)
         yield Sandbox(made, control, clock)
-        far_lifeline.send(nursery.DEAD)
+        far_lifeline.send(sandboxes.DEAD)
         made.destroy()
 
 
