@@ -19,9 +19,9 @@ class _AtOnce:
         act()
 
 
-def new_cell(stack: contextlib.ExitStack) -> tuple[Cell, socket.socket, socket.socket]:
+def new_cell(stack: contextlib.ExitStack, mode: str = "user") -> tuple[Cell, socket.socket, socket.socket]:
     """A sandbox from the server's side, and the far ends of its control socket and its lifeline."""
-    order: Any = {"mode": "user", "uid": os.geteuid(), "gid": os.getegid()}
+    order: Any = {"mode": mode, "uid": os.geteuid(), "gid": os.getegid()}
     control, far_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     lifeline, far_lifeline = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     stack.callback(far_control.close)
@@ -31,4 +31,9 @@ def new_cell(stack: contextlib.ExitStack) -> tuple[Cell, socket.socket, socket.s
 
 def zygotes(nursery: int) -> set[int]:
     """Of all sandboxes that this process has made; its other children are bubblewraps."""
-    return {pid for pid in killing.children(nursery) if Path(f"/proc/{pid}/comm").read_text() != "bwrap\n"}
+    found = set()
+    for pid in killing.children(nursery):
+        with contextlib.suppress(FileNotFoundError):  # a bubblewrap that has just ended
+            if Path(f"/proc/{pid}/comm").read_text() != "bwrap\n":
+                found.add(pid)
+    return found

@@ -98,9 +98,19 @@ class Cell:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")
         if self.order["mode"] == "bwrap":  # where that has come before the zygote was made
-            told, self._first = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
-            if not self._first:
-                raise SandboxStartFailed(f"expected to be told the sandbox's first process, got {told!r}")
+            self._first = self._receive_first()
+
+    def _receive_first(self) -> list[int]:
+        try:
+            told, fds = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
+        except BlockingIOError:
+            told, fds = b"", []
+        if told == sandboxes.FIRST and fds:
+            return fds
+        for fd in fds:
+            os.close(fd)
+        why = "this server has as many as it may have" if told == sandboxes.FIRST else f"got {told!r}"
+        raise SandboxStartFailed(f"expected a descriptor of the sandbox's first process: {why}")
 
     @property
     def armed(self) -> int:
@@ -231,12 +241,15 @@ class Cell:
             signal.pidfd_send_signal(self._first[0], signal.SIGKILL)
 
     def _wait_for_death(self, limit: float) -> bool | None:
-        """By the nursery, or with a first process by the kernel; as it is the nursery's child, not if that has gone."""
+        """Told by the nursery, or of a first process by the kernel. Not if the nursery is gone: nobody may wait for the zygote
+        then, without which no PID namespace ends.
+        """
         first = self._first[:1]
+        deadline = time.monotonic() + limit
         waited = select.poll()
         for fd in (*first, self._lifeline.fileno()):
             waited.register(fd, select.POLLIN)
-        while ready := [fd for fd, _ in waited.poll(limit * 1000)]:
+        while ready := [fd for fd, _ in waited.poll(max(0.0, deadline - time.monotonic()) * 1000)]:
             if first and first[0] in ready:
                 return True
             told, fds = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
@@ -253,5 +266,6 @@ class Cell:
         if self._dead is not None:
             self._control.close()
             self._lifeline.close()
-            while self._first:
-                os.close(self._first.pop())
+            first, self._first = self._first, []
+            for fd in first:
+                os.close(fd)

@@ -356,6 +356,16 @@ def stat_fields(directory: str) -> list[bytes]:
     return fields
 
 
+def descends(pid: int, ancestor: int) -> bool:
+    """Whether that process is another's child, or its child's, and so on.
+
+    :raises OSError: it, or one between them, has ended.
+    """
+    while pid not in (0, 1, ancestor):
+        pid = int(stat_fields(f"/proc/{pid}")[1])
+    return pid == ancestor
+
+
 def processes() -> Iterator[tuple[int, list[bytes]]]:
     """Those that /proc shows, each with its :func:`stat_fields`."""
     for name in filter(str.isdigit, os.listdir("/proc")):

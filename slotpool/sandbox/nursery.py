@@ -58,7 +58,7 @@ _END_LIMIT = 10.0  # seconds that ending all sandboxes may take once the server 
 
 
 class Nursery:
-    """An event loop over sockets, pipes and children; the sandboxes hook into what follows."""
+    """An event loop over sockets, pipes and children; sandboxes hook into :meth:`watch`, :attr:`exited`, :attr:`bereaved`."""
 
     def __init__(self, control: socket.socket, watches: Sequence[Watch]) -> None:
         self._control = control

@@ -146,7 +146,8 @@ class UserSandbox(Sandbox):
         self._zygote = None
 
     def kill(self) -> None:
-        by_groups = self.nursery.is_crowded and not self._dying  # what the first time has left may be in none of them
+        is_first = not self._dying
+        by_groups = self.nursery.is_crowded and is_first  # what the first time has left may be in none of them
         self._dying = True
         self.nursery.bereaved[self.order["uid"]] = self._look
         try:
@@ -156,9 +157,10 @@ class UserSandbox(Sandbox):
         # It may not be that user yet. Not first, as its death takes as long as all others', and may do so on this processor.
         if self._zygote is not None:
             os.kill(self._zygote, signal.SIGKILL)
-        self._begin_to_clear()
         self._look()
         self.nursery.later(self._kill_again)
+        if is_first and self._dying:
+            self._begin_to_clear()
 
     def _kill_again(self) -> None:
         if self._dying:  # `bereaved` may know the user for another sandbox by now, which has taken this one's place
@@ -204,11 +206,10 @@ class BwrapSandbox(Sandbox):
     first; the zygote joins them. When the first process dies, the kernel kills all others, and only then reports it dead.
 
     That is once each has been waited for too, see pid_namespaces(7), and the zygote is this process's child. So that nobody has
-    to wait until this one comes to it, it ignores SIGCHLD: what ends then is waited for by nobody, see wait(2).
+    to wait until this one comes to it, it ignores SIGCHLD, see wait(2), unless it has to make sandboxes of other modes too.
     """
 
     ends_with_children = False
-    _bubblewrap = 0  # its process id
     _first_pid = 0
     _first: int | None = None  # its pidfd
     _told = b""  # what bubblewrap has written of it
@@ -226,7 +227,7 @@ class BwrapSandbox(Sandbox):
             # done it says so by copying what is written here.
             waits, self._hold, self._ready, payload_out, self._info, bwrap_info = pipes
             os.write(self._hold, confine.BWRAP_READY)
-            pid = self._bubblewrap = os.fork()
+            pid = os.fork()
         except OSError:
             for fd in pipes:
                 os.close(fd)
@@ -262,9 +263,8 @@ class BwrapSandbox(Sandbox):
     def _open_first(self) -> int:
         first = os.pidfd_open(self._first_pid)
         try:
-            parent = int(linux.stat_fields(f"/proc/{self._first_pid}")[1])
-            if parent not in (self._bubblewrap, os.getpid()):
-                raise ProcessLookupError(errno.ESRCH, "its id is another's by now")
+            if not linux.descends(self._first_pid, os.getpid()):  # it has ended, and its id is a stranger's by now
+                raise OSError(errno.ECHILD, f"expected process {self._first_pid}, of which bubblewrap told, to be its own")
         except BaseException:
             os.close(first)
             raise

@@ -63,7 +63,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str], None], nursery: Nursery
     os.umask(0o022)  # slots' users must be able to pass through the directories made here
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a call takes five descriptors, a waiting shell as many
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a sandbox takes up to six, a call five, a waiting shell as many
     linux.set_child_subreaper()  # what a nursery leaves, if it is killed, comes here to be killed too
     _on_signals(_leave)
     try:

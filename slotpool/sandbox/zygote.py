@@ -170,7 +170,8 @@ def _lengthen_slices() -> None:
     less like that.
     """
     try:
-        linux.set_slice(0, linux.LONG_SLICE)
+        if 0 < linux.slice_of(0) < linux.LONG_SLICE:
+            linux.set_slice(0, linux.LONG_SLICE)
     except OSError:  # it may not be done here
         pass
 

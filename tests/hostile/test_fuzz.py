@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import time
 import urllib.parse
 from collections import Counter
@@ -412,12 +413,13 @@ _GREETINGS = st.tuples(
 )
 _MEETINGS = st.integers(0, 3).flatmap(lambda kind: st.just((zygote.READY, 0)) if kind else st.none() | _GREETINGS)
 _ENDS = st.none() | st.tuples(_messages(sandboxes.DEAD, sandboxes.DEAD), st.integers(0, 12))
+_FIRSTS = st.none() | st.tuples(_messages(*[sandboxes.FIRST] * 6), st.integers(0, 5), st.booleans())
 _OPS = st.sampled_from(["shell", "shell with input", "read", "write", "armed"])
 
 
-def _send(sock: socket.socket, message: bytes, fds: int) -> None:
+def _send(sock: socket.socket, message: bytes, fds: int, fd: int | None = None) -> None:
     """With so many descriptors."""
-    given = [sock.fileno()] * fds
+    given = [sock.fileno() if fd is None else fd] * fds
     with contextlib.suppress(OSError):  # it takes no more, or is closed
         socket.send_fds(sock, [message], given) if given else sock.send(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -503,12 +505,34 @@ def _run(call: Call, hostile: _Zygote, before: list[Any], amid: list[Any]) -> st
     return "lost" if outcome.lost else "with a status"
 
 
+@pytest.fixture
+def dead() -> Iterator[int]:
+    """A descriptor of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    fd = os.pidfd_open(process.pid)
+    process.wait()
+    yield fd
+    os.close(fd)
+
+
 def _meet(
-    greeting: tuple[bytes, int] | None, calls: list[tuple[str, list[Any], list[Any]]], end: tuple[bytes, int] | None
+    greeting: tuple[bytes, int] | None,
+    first: tuple[bytes, int, bool] | None,
+    dead: int,
+    calls: list[tuple[str, list[Any], list[Any]]],
+    end: tuple[bytes, int] | None,
 ) -> str:
-    """One sandbox from the server's side, from its start to its end."""
+    """One sandbox from the server's side, from its start to its end.
+
+    :param first: what is told of its first process in mode ``bwrap``, and whether that is a process; None for another mode.
+    """
     with contextlib.ExitStack() as stack:
-        made, far_control, far_lifeline = new_cell(stack)
+        made, far_control, far_lifeline = new_cell(stack, "user" if first is None else "bwrap")
+        unread = []
+        if first is not None:
+            message, count, is_process = first
+            _send(far_lifeline, message, count, dead if is_process else None)
+            unread.append(message)
         if greeting is None:
             far_control.close()
         elif greeting[0] != b"x" * 70_000:  # that one says nothing
@@ -518,6 +542,7 @@ def _meet(
             made.wait_ready()
             assert greeting is not None
             assert greeting[0] == zygote.READY
+            assert first is None or (first[0] == sandboxes.FIRST and first[1])
             told = "idle"
             for op, before, amid in calls:
                 call = _start(made, op)
@@ -525,13 +550,22 @@ def _meet(
                 stack.callback(hostile.close)
                 told = _run(call, hostile, before, amid)
         except SandboxStartFailed:
-            assert greeting is None or greeting[0] != zygote.READY
+            if greeting is not None and greeting[0] == zygote.READY:
+                assert first is not None
+                assert first[0] != sandboxes.FIRST or not first[1]
+                unread.pop()
         if end is not None:
             _send(far_lifeline, *end)
+            unread.append(end[0])
         else:
             far_lifeline.close()
-        assert made.destroy() == (end is not None and end[0] == sandboxes.DEAD)
-        assert made.destroy() == (end is not None and end[0] == sandboxes.DEAD), "the same, however often"
+            unread.append(b"")
+        if first is not None and told != "not made":
+            is_dead = first[2]
+        else:
+            is_dead = next((message == sandboxes.DEAD for message in unread if message != sandboxes.FIRST), False)
+        assert made.destroy() == is_dead
+        assert made.destroy() == is_dead, "the same, however often"
         with pytest.raises(OSError, match="gone"):
             made.read("/workspace/a", 1)
         return told
@@ -574,16 +608,16 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @PATIENT
 @pytest.mark.usefixtures("_impatient")
-def test_nothing_that_a_zygote_does_keeps_a_call_from_its_end_or_leaves_a_descriptor() -> None:
+def test_nothing_that_a_zygote_does_keeps_a_call_from_its_end_or_leaves_a_descriptor(dead: int) -> None:
     seen: Counter[str] = Counter()
     before = os.listdir("/proc/self/fd")
 
     ends = {"not made", "idle", "a file_error", "lost", "with a status"}
 
     @fuzz(0.3)
-    @given(_MEETINGS, st.lists(st.tuples(_OPS, _ON_A_CALL, _ON_A_CALL), max_size=3), _ENDS)
-    def meet(greeting: Any, calls: Any, end: Any) -> None:
-        seen[_meet(greeting, calls, end)] += 1
+    @given(_MEETINGS, _FIRSTS, st.lists(st.tuples(_OPS, _ON_A_CALL, _ON_A_CALL), max_size=3), _ENDS)
+    def meet(greeting: Any, first: Any, calls: Any, end: Any) -> None:
+        seen[_meet(greeting, first, dead, calls, end)] += 1
         assert len(os.listdir("/proc/self/fd")) == len(before)
 
     meet()

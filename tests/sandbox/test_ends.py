@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +21,8 @@ import pytest
 from cells import zygotes
 from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
 
-from slotpool.errors import StartFailed
-from slotpool.sandbox import cgroups, confine, killing, linux, sandboxes
+from slotpool.errors import IsolationUnavailable, StartFailed
+from slotpool.sandbox import cgroups, confine, linux, sandboxes
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import RequestFailed
@@ -115,10 +117,40 @@ def test_who_ends_a_sandbox_with_namespaces_waits_for_its_death_alone() -> None:
         os.kill(process.pid, signal.SIGSTOP)
         maker.end(tenancy)
         assert inside
-        assert not inside.intersection(killing.children(process.pid)), "gone, and not only dead"
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in inside), "gone, and not only dead"
     finally:
         os.kill(process.pid, signal.SIGCONT)
         maker.close()
+
+
+@pytest.fixture
+def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where to put a script that is run in place of bubblewrap."""
+    if why_not("bwrap"):
+        pytest.skip(why_not("bwrap"))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+        script = Path(directory, "bwrap")
+        script.touch(0o755)
+        yield script
+
+
+def test_bubblewrap_may_be_run_by_a_script(bubblewrap: Path, start_server: StartServer) -> None:
+    bubblewrap.write_text(f'#!/bin/sh\n{shutil.which("bwrap", path=os.defpath)} "$@"\n')
+    server = start_server("bwrap")
+    (lease,) = server.lease()
+    assert server.bash(lease, "echo inside")["stdout"] == "inside\n"
+
+
+def test_a_process_that_is_no_sandboxs_first_is_not_taken_for_one(bubblewrap: Path) -> None:
+    with subprocess.Popen(["sleep", "1009"]) as other:
+        told = f'while [ "$1" != --info-fd ]; do shift; done\necho \'{{"child-pid": {other.pid}}}\' >&"$2"\n'
+        bubblewrap.write_text(f"#!/bin/bash\n{told}")
+        with pytest.raises(IsolationUnavailable, match=f"expected process {other.pid}.*to be its own"):
+            TenancyMaker(HostConfig(slots=1, isolation="bwrap"), NurseryProcess())
+        assert other.poll() is None
+        other.kill()
 
 
 @pytest.fixture

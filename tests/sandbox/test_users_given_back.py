@@ -177,12 +177,14 @@ def _nobody_dies(maker: TenancyMaker, monkeypatch: pytest.MonkeyPatch) -> Iterat
         return
     (zygote,) = zygotes(maker._nursery.pid)
     seize = 0x4206
-    assert ctypes.CDLL(None).ptrace(seize, zygote, None, None) == 0
+    if ctypes.CDLL(None).ptrace(seize, zygote, None, None) != 0:
+        pytest.skip("nobody may be traced here")
     try:
         with monkeypatch.context() as patch:
             patch.setattr(cell, "DEATH_LIMIT", 0.05)
             yield
     finally:
+        os.kill(zygote, signal.SIGKILL)  # if it was not yet
         os.waitpid(zygote, 0)
 
 
