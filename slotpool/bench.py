@@ -64,9 +64,9 @@ def _once(act: Callable[[], object]) -> float:
     return (time.perf_counter() - begun) * 1000
 
 
-def _timed(act: Callable[[], object], pace: float) -> list[float]:
+def _timed(act: Callable[[], object], pace: float, count: int = _BLOCK) -> list[float]:
     times = []
-    for _ in range(_BLOCK):
+    for _ in range(count):
         times.append(_once(act))
         if pace:
             time.sleep(pace)
@@ -128,20 +128,26 @@ def _large_files(slot: Slot) -> list[Figure]:
 
 def _hand_overs(pool: SlotPool, rounds: int) -> list[Figure]:
     slots = [pool.acquire() for _ in range(pool.total_slots)]
-    figures = []
-    for pace, count, name in (
-        (_PACE, rounds * _BLOCK // 3, "hand-over of a used slot: p50"),
-        (_REST, rounds * _BLOCK // 10, "  with a rest before each: p50"),
-    ):
-        p50 = statistics.median(_hand_over(pool, slots, pace, count)) * 1000
-        figures.append(Figure(name, p50, "ms", note="release to the return of a waiting acquire, cleaning included"))
+    bare: list[float] = []
+    paced: list[float] = []
+    rested: list[float] = []
+    for _ in range(rounds):
+        bare += _timed(_run_true, _PACE, _BLOCK // 3)
+        paced += _hand_over(pool, slots, _PACE, _BLOCK // 3)
+        rested += _hand_over(pool, slots, _REST, _BLOCK // 10)
     for slot in slots:
         slot.release()
+    base = statistics.median(bare)
+    figures = [Figure("subprocess.run bash -c true, beside these: p50", base, "ms", note="the baseline")]
+    for times, name in ((paced, "hand-over of a used slot: p50"), (rested, "  with a rest before each: p50")):
+        p50 = statistics.median(times)
+        note = "release to the return of a waiting acquire, cleaning included"
+        figures.append(Figure(name, p50, "ms", p50 / base, note))
     return figures
 
 
 def _hand_over(pool: SlotPool, slots: list[Slot], pace: float, count: int) -> list[float]:
-    """Seconds from a release to the return of a thread that waits in ``acquire``.
+    """Milliseconds from a release to the return of a thread that waits in ``acquire``.
 
     :param slots: all that there are.
     """
@@ -161,7 +167,7 @@ def _hand_over(pool: SlotPool, slots: list[Slot], pace: float, count: int) -> li
         begun = time.perf_counter()
         slots.pop(0).release()
         waiter.join()
-        times[-1] -= begun
+        times[-1] = (times[-1] - begun) * 1000
     return times
 
 

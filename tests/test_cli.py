@@ -114,7 +114,7 @@ def test_bench_prints_figures_beside_their_baselines(tmp_path: Path) -> None:
     ):
         assert any(part in name for name in names), part
     beside = {figure["name"] for figure in told["figures"] if figure["ratio"] is not None}
-    for part in ("apart", "back to back", "slots at once", "execute_batch", "write 100 MiB", "read 100 MiB"):
+    for part in ("apart", "back to back", "slots at once", "execute_batch", "hand-over", "write 100 MiB", "read 100 MiB"):
         assert any(part in name for name in beside), part
     assert all(figure["value"] is None or figure["value"] > 0 for figure in told["figures"])
 
