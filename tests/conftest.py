@@ -236,6 +236,19 @@ def start_server() -> Iterator[StartServer]:
 
 
 @pytest.fixture
+def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where to put a script that is run in place of bubblewrap."""
+    if why_not("bwrap"):
+        pytest.skip(why_not("bwrap"))
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+        script = Path(directory, "bwrap")
+        script.touch(0o755)
+        yield script
+
+
+@pytest.fixture
 def pool() -> Iterator[SlotPool]:
     """An embedded pool of four slots."""
     with SlotPool(slots_per_container=4, max_containers=1) as pool:

@@ -244,13 +244,13 @@ class Cell:
         """Told by the nursery, or of a first process by the kernel. Not if the nursery is gone: nobody may wait for the zygote
         then, without which no PID namespace ends.
         """
-        first = self._first[:1]
+        lifeline = self._lifeline.fileno()
         deadline = time.monotonic() + limit
         waited = select.poll()
-        for fd in (*first, self._lifeline.fileno()):
+        for fd in (*self._first[:1], lifeline):
             waited.register(fd, select.POLLIN)
         while ready := [fd for fd, _ in waited.poll(max(0.0, deadline - time.monotonic()) * 1000)]:
-            if first and first[0] in ready:
+            if ready != [lifeline]:
                 return True
             told, fds = linux.receive(self._lifeline, 64, sandboxes.FIRST_FDS)
             for fd in fds:  # of what did not come to stand

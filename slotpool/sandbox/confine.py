@@ -85,6 +85,7 @@ def exec_bwrap(order: Order, stdin: int, stdout: int, info: Sequence[int]) -> No
         os.dup2(stdout, 2)  # its messages; the server's own standard error must not be had from inside
         cgroups.join(order["groups"])
         become_user(order["uid"], order["gid"])
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # bubblewrap waits for a child, and would inherit that it is ignored
         for fd in info:
             os.set_inheritable(fd, True)
         argv = [*order["bwrap"], "--info-fd", str(info[1]), "--", "/bin/cat"]

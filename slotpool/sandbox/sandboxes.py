@@ -83,7 +83,6 @@ class Sandbox:
             raise OSError("the sandbox has failed already")
         pid = os.fork()
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             zygote.main(self._control, self.order, enter)
         self._control.close()
         self._control = None
@@ -234,7 +233,6 @@ class BwrapSandbox(Sandbox):
             self._hold, self._settled, self._heard = None, True, True
             raise
         if pid == 0:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             confine.exec_bwrap(self.order, waits, payload_out, (self._info, bwrap_info))
         for fd in (waits, payload_out, bwrap_info):
             os.close(fd)

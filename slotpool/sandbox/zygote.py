@@ -114,6 +114,7 @@ def main(control: socket.socket, order: Order, enter: Callable[[], None]) -> NoR
     """Confine this process, just forked from the nursery, and serve ``control``."""
     try:
         _keep_only(control)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # which the nursery may ignore, but here children's ends are waited for
         confine.join_groups(order)
         linux.set_dumpable(False)
         linux.leave_session_keyring()

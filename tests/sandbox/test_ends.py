@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,19 +120,6 @@ def test_who_ends_a_sandbox_with_namespaces_waits_for_its_death_alone() -> None:
     finally:
         os.kill(process.pid, signal.SIGCONT)
         maker.close()
-
-
-@pytest.fixture
-def bubblewrap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where to put a script that is run in place of bubblewrap."""
-    if why_not("bwrap"):
-        pytest.skip(why_not("bwrap"))
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
-        script = Path(directory, "bwrap")
-        script.touch(0o755)
-        yield script
 
 
 def test_bubblewrap_may_be_run_by_a_script(bubblewrap: Path, start_server: StartServer) -> None:

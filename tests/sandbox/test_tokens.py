@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -190,21 +189,17 @@ def test_nothing_outlives_a_killed_server(start_server: StartServer, mode: str, 
 
 @pytest.mark.parametrize("mode", ["bwrap", "bwrap-as-user"])
 def test_nothing_of_a_sandbox_that_was_being_made_outlives_a_killed_nursery(
-    start_server: StartServer, mode: str, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, mode: str, bubblewrap: Path
 ) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        # What a bubblewrap that is killed at the wrong moment leaves: a process that waits for it, for ever.
-        wrapper = Path(directory, "bwrap")
-        wrapper.write_text(f"#!/bin/sh\nsh -c 'sleep 1007; :' {SESSION} &\nexec {shutil.which('bwrap')} \"$@\"\n")
-        wrapper.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
-        before = set(slotpool_processes())
-        server = start_server(mode, slots=1)
-        assert [line for line in slotpool_processes() if "sleep 1007" in line]
-        kill_nursery(server)
-        assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
-        server.process.wait(10)
+    # What a bubblewrap that is killed at the wrong moment leaves: a process that waits for it, for ever.
+    real = shutil.which("bwrap", path=os.defpath)
+    bubblewrap.write_text(f"#!/bin/sh\nsh -c 'sleep 1007; :' {SESSION} &\nexec {real} \"$@\"\n")
+    before = set(slotpool_processes())
+    server = start_server(mode, slots=1)
+    assert [line for line in slotpool_processes() if "sleep 1007" in line]
+    kill_nursery(server)
+    assert wait_until(lambda: set(slotpool_processes()) <= before), slotpool_processes()
+    server.process.wait(10)
 
 
 def test_what_was_there_before_a_server_outlives_it_and_its_killed_nursery(tmp_path: Path) -> None:
