@@ -9,7 +9,7 @@ import functools
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from . import cgroups, killing, landlock, linux
 
@@ -23,13 +23,15 @@ BWRAP_READY = b"ready"
 # Of the whole machine. To kill by -1 took 0.24 ms with 80 of them, 0.55 with 600, 2.4 with 3,000; by a group's list 0.3.
 _MANY_THREADS = 300
 _NS_GET_USERNS = 0xB701  # ioctl_ns(2)
-_NAMESPACES = (
-    ("ipc", linux.CLONE_NEWIPC),
-    ("uts", linux.CLONE_NEWUTS),
-    ("net", linux.CLONE_NEWNET),
-    ("pid", linux.CLONE_NEWPID),
-    ("mnt", linux.CLONE_NEWNS),
-)
+# In the order in which they are joined.
+_NAMESPACES = {
+    "ipc": linux.CLONE_NEWIPC,
+    "uts": linux.CLONE_NEWUTS,
+    "net": linux.CLONE_NEWNET,
+    "pid": linux.CLONE_NEWPID,
+    "mnt": linux.CLONE_NEWNS,
+    "user": linux.CLONE_NEWUSER,
+}
 
 
 def become_user(uid: int, gid: int) -> None:
@@ -96,66 +98,64 @@ def exec_bwrap(order: Order, stdin: int, stdout: int, info: Sequence[int]) -> No
         os._exit(126)
 
 
-def enter_namespaces(pid: int, order: Order) -> None:
-    """Join the namespaces of process ``pid`` and take the sandbox's user; returns in a child of the caller, unless that is in
-    the PID namespace already, see :func:`forking_into`.
+@contextlib.contextmanager
+def namespaces_of(pid: int) -> Iterator[dict[str, int]]:
+    """Descriptors, by name, of the namespaces in which process ``pid`` is and this one is not. One that both are in, as the
+    network where it is shared, can't be joined from within another user namespace.
+
+    :raises OSError: it has ended. If it has since, they may be another's.
+    """
+    fds = {}
+    try:
+        for name in _NAMESPACES:
+            fd = fds[name] = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            if _is_in(fd, name):
+                os.close(fds.pop(name))
+        yield fds
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def _is_in(namespace: int, name: str) -> bool:
+    return os.path.samestat(os.fstat(namespace), os.stat(f"/proc/self/ns/{name}"))
+
+
+def enter_namespaces(fds: Mapping[str, int], order: Order) -> None:
+    """Join the namespaces, see :func:`namespaces_of`, close their descriptors, and take the sandbox's user; returns in a child
+    of the caller, unless that is in the PID namespace already, see :func:`forking_into`.
     """
     if os.geteuid() == 0:
         os.setgroups([])  # not allowed any more once inside
-    user = _namespace(pid, "user")
-    # One that is ours already, the network where it is shared, can't be joined from within the new user namespace.
-    others = [(_namespace(pid, name), kind) for name, kind in _NAMESPACES if not _shared(pid, name)]
-    is_inside = linux.CLONE_NEWPID not in [kind for _, kind in others]
     # Bubblewrap mounts devpts as one user and then goes on as another, in a user namespace below the one that owns all else.
-    owner = fcntl.ioctl(others[-1][0], _NS_GET_USERNS)
+    owner = fcntl.ioctl(fds["mnt"], _NS_GET_USERNS)
     linux.setns(owner, linux.CLONE_NEWUSER)
     _forbid_user_namespaces()
-    for fd, kind in others:
-        linux.setns(fd, kind)
-    if not os.path.sameopenfile(owner, user):
-        linux.setns(user, linux.CLONE_NEWUSER)
-    for fd in (user, owner, *(fd for fd, _ in others)):
+    is_inside = _is_in(fds["pid"], "pid")
+    for name, fd in fds.items():
+        if not (name == "pid" and is_inside) and not (name == "user" and os.path.sameopenfile(owner, fd)):
+            linux.setns(fd, _NAMESPACES[name])
         os.close(fd)
+    os.close(owner)
     if not is_inside and os.fork():  # only children are in the new PID namespace
         os._exit(0)
     become_user(order["inner_uid"], order["inner_gid"])
 
 
 @contextlib.contextmanager
-def forking_into(pid: int) -> Iterator[None]:
-    """Have children of this process be in the PID namespace of process ``pid``, which spares each a fork of its own.
+def forking_into(pid_namespace: int) -> Iterator[None]:
+    """Have children of this process be in that PID namespace, which spares each a fork of its own.
 
     Nothing where this process could not come back, as an ordinary user's or one without CAP_SYS_ADMIN, or can't go there.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            ours = _namespace("self", "pid")
+            ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, ours)
             linux.setns(ours, linux.CLONE_NEWPID)  # changes nothing, but fails if it would later
-            theirs = _namespace(pid, "pid")
-            stack.callback(os.close, theirs)
-            linux.setns(theirs, linux.CLONE_NEWPID)
+            linux.setns(pid_namespace, linux.CLONE_NEWPID)
             stack.callback(_come_back, linux.setns, ours, linux.CLONE_NEWPID)
         yield
-
-
-def _namespace(pid: int | str, name: str) -> int:
-    return os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def namespaces_to_keep(pid: int) -> list[int]:
-    """Descriptors of those of process ``pid`` that take long to be taken down; fewer, or another's, if it has ended."""
-    fds = []
-    try:
-        for name in ("mnt", "net", "ipc"):
-            fds.append(_namespace(pid, name))
-    except OSError:
-        pass
-    return fds
-
-
-def _shared(pid: int, name: str) -> bool:
-    return os.path.samefile(f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}")
 
 
 def _forbid_user_namespaces() -> None:

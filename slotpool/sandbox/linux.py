@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import select
 import signal
 import socket
 import stat
@@ -354,6 +355,13 @@ def stat_fields(directory: str) -> list[bytes]:
     if not fields:
         raise ProcessLookupError(errno.ESRCH, f"{directory}: it has just ended")
     return fields
+
+
+def has_ended(process: int) -> bool:
+    """Whether the process of a pidfd has, see pidfd_open(2)."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def descends(pid: int, ancestor: int) -> bool:

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from . import confine, killing, linux, trees, zygote
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # On a sandbox's lifeline, see the nursery's protocol:
 DEAD = b"dead"
 FIRST = b"first"
-FIRST_FDS = 4  # at most
+_SLOW_NAMESPACES = ("mnt", "net", "ipc")  # to be taken down
+FIRST_FDS = 1 + len(_SLOW_NAMESPACES)  # at most
 _AGAIN = 1.0  # seconds until what could not be killed, or cleared up, is tried again
 
 
@@ -78,12 +79,15 @@ class Sandbox:
         self._lifeline.close()
         self.nursery.living.discard(self)
 
-    def fork_zygote(self, enter: Callable[[], None]) -> int:
+    def fork_zygote(self, enter: Callable[[], None], fds: Iterable[int] = ()) -> int:
+        """
+        :param enter: called in it before it is confined, with those descriptors.
+        """
         if self._control is None:
             raise OSError("the sandbox has failed already")
         pid = os.fork()
         if pid == 0:
-            zygote.main(self._control, self.order, enter)
+            zygote.main(self._control, self.order, enter, fds)
         self._control.close()
         self._control = None
         return pid
@@ -288,14 +292,13 @@ class BwrapSandbox(Sandbox):
 
     def _fork_into(self) -> None:
         assert self._first is not None
-        namespaces = confine.namespaces_to_keep(self._first_pid)
-        try:
-            socket.send_fds(self._lifeline, [FIRST], [self._first, *namespaces])
-        finally:
-            for fd in namespaces:
-                os.close(fd)
-        with confine.forking_into(self._first_pid):
-            self.fork_zygote(lambda: confine.enter_namespaces(self._first_pid, self.order))
+        with confine.namespaces_of(self._first_pid) as fds:
+            if linux.has_ended(self._first):  # and its id may be a stranger's by now
+                raise ProcessLookupError(errno.ESRCH, "the sandbox's first process has just ended")
+            slow = [fd for name, fd in fds.items() if name in _SLOW_NAMESPACES]
+            socket.send_fds(self._lifeline, [FIRST], [self._first, *slow])
+            with confine.forking_into(fds["pid"]):
+                self.fork_zygote(lambda: confine.enter_namespaces(fds, self.order), fds.values())
 
     def _close(self, fd: int) -> None:
         self.nursery.unwatch(fd)

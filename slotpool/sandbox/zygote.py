@@ -37,7 +37,7 @@ import re
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from . import confine, files, killing, linux
 from .lender import Lender
@@ -110,10 +110,13 @@ def read_told(told: bytes) -> int | None:
     return int(found[1]) << 8 if found else None
 
 
-def main(control: socket.socket, order: Order, enter: Callable[[], None]) -> NoReturn:
-    """Confine this process, just forked from the nursery, and serve ``control``."""
+def main(control: socket.socket, order: Order, enter: Callable[[], None], fds: Iterable[int]) -> NoReturn:
+    """Confine this process, just forked from the nursery, and serve ``control``.
+
+    :param enter: takes it into the sandbox, and closes ``fds``, which it needs for that.
+    """
     try:
-        _keep_only(control)
+        _keep_only([control.fileno(), *fds])
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # which the nursery may ignore, but here children's ends are waited for
         confine.join_groups(order)
         linux.set_dumpable(False)
@@ -128,23 +131,25 @@ def main(control: socket.socket, order: Order, enter: Callable[[], None]) -> NoR
         os._exit(1)
 
 
-def _keep_only(control: socket.socket) -> None:
+def _keep_only(kept: Collection[int]) -> None:
     """Close what belongs to the nursery and to other sandboxes."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
         os.dup2(null, fd)
-    kept = control.fileno()
+    first = 4
     try:
-        if kept > 4:
-            linux.close_range(4, kept - 1)
-        linux.close_range(kept + 1)
+        for fd in sorted(kept):
+            if fd > first:
+                linux.close_range(first, fd - 1)
+            first = fd + 1
+        linux.close_range(first)
     except OSError:  # an older kernel
         _close_each(kept)
 
 
-def _close_each(kept: int) -> None:
+def _close_each(kept: Collection[int]) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 3 and fd != kept:
+        if fd > 3 and fd not in kept:
             try:
                 os.close(fd)
             except OSError:  # the descriptor of the listing itself
