@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 
@@ -42,7 +43,8 @@ class Arrivals:
         """Whether there may have been one since the last call; or before, if there were very many."""
         ready = [fd for fd, _ in self._poll.poll(0)]
         if self._events in ready:
-            os.read(self._events, _EVENTS)
+            with contextlib.suppress(OSError):  # then they are told of once more
+                os.read(self._events, _EVENTS)
         return bool(ready)
 
     def close(self) -> None:

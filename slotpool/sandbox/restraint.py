@@ -52,7 +52,7 @@ def _settable_slice() -> int:
         linux.set_slice(0, usual)
     except OSError:
         return 0
-    return linux.LONG_SLICE
+    return max(usual, linux.LONG_SLICE)
 
 
 class Restraint:
