@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from . import abreast
 from .container import Container
 from .errors import LeaseLost, SlotPoolError
 from .slot import ExecutionResult, Slot
@@ -42,20 +43,15 @@ def run(entries: Sequence[Entry]) -> list[ExecutionResult]:
     def run_group(container: Container, numbers: Sequence[int]) -> None:
         found.update(zip(numbers, _run_in(container, [entries[i] for i in numbers], cancelled)))
 
+    def cancel() -> None:
+        cancelled.set()
+        for slot, call in entries:
+            slot._tenure.container.client.cancel_quietly(call["slot"], call["lease"], call["execution_id"])
+
     if len(groups) == 1:
         run_group(*next(iter(groups.items())))
-    elif groups:
-        # Not the pool's own threads: callers that wait for long commands must not keep it from renewing leases.
-        with ThreadPoolExecutor(len(groups), "slotpool-batch") as side_by_side:
-            futures = [side_by_side.submit(run_group, *group) for group in groups.items()]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # an interrupt reaches the main thread only
-                cancelled.set()
-                for slot, call in entries:
-                    slot._tenure.container.client.cancel_quietly(call["slot"], call["lease"], call["execution_id"])
-                raise
+    else:  # not in the pool's own threads: callers that wait for long commands must not keep it from renewing leases
+        abreast.run([functools.partial(run_group, *group) for group in groups.items()], len(groups), cancel)
     return [found[i] for i in range(len(entries))]
 
 

@@ -15,10 +15,9 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from . import batch
+from . import abreast, batch
 from .background import Background
 from .config import SlotPoolConfig
 from .errors import AcquireTimeout, ConfigError, InvalidRequest, PoolClosed, shown
@@ -138,9 +137,7 @@ class SlotPool:
         with self._supply.lock:
             containers = list(self._supply.containers.values())
         if self.config.backend != "local":
-            with ThreadPoolExecutor(_SIDE_BY_SIDE, "slotpool-stop") as side_by_side:
-                for _ in side_by_side.map(self._supply.give_all_back, containers):
-                    pass
+            abreast.run([functools.partial(self._supply.give_all_back, one) for one in containers], _SIDE_BY_SIDE)
         try:
             self._fleet.stop(purge_job)
         finally:
@@ -488,4 +485,7 @@ _open_pools: weakref.WeakSet[SlotPool] = weakref.WeakSet()
 @atexit.register
 def _stop_open_pools() -> None:
     for pool in list(_open_pools):
-        pool.stop()
+        try:
+            pool.stop()
+        except Exception:
+            log.exception("%r could not be stopped at the interpreter's end", pool)

@@ -24,11 +24,10 @@ from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
 from slotpool.fleet.local import LocalFleet
 
 
-def python(script: str, **more: Any) -> subprocess.Popen[bytes]:
+def python(script: str, *args: str, **more: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": PACKAGE}
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/", **more
-    )
+    command = [sys.executable, "-c", script, *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/", **more)
 
 
 def test_a_pool_starts_once_and_stops_for_good() -> None:
@@ -210,6 +209,37 @@ def test_a_script_that_ends_without_stopping_leaves_nothing() -> None:
     assert (out, err, script.returncode) == (b"hi\n\n", b"", 0)
     assert set(slotpool_processes()) <= before[0]
     assert state_directories() == before[1]
+
+
+def test_so_does_one_with_pools_on_standing_servers(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=3)
+    script = python(
+        "import sys\n"
+        "from slotpool import SlotPool\n"
+        "settings = {'servers': sys.argv[1], 'token': sys.argv[2], 'lease_ttl': 3600}\n"
+        "pools = [SlotPool(**settings).start() for _ in range(2)]\n"
+        "slots = [pool.acquire() for pool in pools]\n",
+        server.address,
+        server.token,
+    )
+    assert script.communicate(timeout=60) == (b"", b"")
+    assert server.client.health()["counts"]["leased"] == 0
+
+
+def test_threads_that_outlive_the_main_one_still_run_batches() -> None:
+    script = python(
+        "import threading\n"
+        "from slotpool import SlotPool\n"
+        "pool = SlotPool(slots_per_container=1, min_containers=2).start()\n"
+        "slots = [pool.acquire() for _ in range(2)]\n"
+        "main = threading.main_thread()\n"
+        "def run():\n"
+        "    main.join()\n"
+        "    results = pool.execute_batch([(slot, 'bash', {'command': 'echo late'}) for slot in slots])\n"
+        "    print([result.stdout for result in results], flush=True)\n"
+        "threading.Thread(target=run).start()\n"
+    )
+    assert script.communicate(timeout=60) == (b"['late\\n', 'late\\n']\n", b"")
 
 
 def test_a_forked_child_can_neither_use_nor_break_the_pool(pool: SlotPool) -> None:
