@@ -9,8 +9,8 @@ from typing import Callable
 
 
 def run(acts: Sequence[Callable[[], None]], most: int, give_up: Callable[[], None] = lambda: None) -> None:
-    """Call them all, up to ``most`` at once, and return when all have ended: in this thread, and in others as far as they can be
-    had. There may be none, as while the interpreter goes down, when an executor takes no work any more either.
+    """Call them all, up to ``most`` at once, and return when all have ended: in this thread, and in others as far as there can
+    be others. While the interpreter goes down there can be none, and an executor takes no work.
 
     :param give_up: called if this is interrupted, or one of them raises, and is to end those that run; no more are begun.
     :raises BaseException: what one of them has raised.

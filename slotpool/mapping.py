@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Callable, Generic, TypeVar, Union
 
-from .errors import AcquireTimeout, ContainerLost, InvalidRequest, LeaseLost, PoolClosed, shown
+from .errors import AcquireTimeout, ContainerLost, InvalidRequest, LeaseLost, PoolClosed, SetupFailed, shown
 from .preparing import steps_of
 from .progress import Progress
 from .slot import SlotState
@@ -223,9 +223,13 @@ class _Work(Generic[Item, Value]):
         while True:
             slot = self._slot()
             try:
+                self._pool._make_ready(slot)
                 return self._act(slot, item)
-            except (ContainerLost, LeaseLost) as e:
-                is_lost = isinstance(e, ContainerLost) or slot.state is SlotState.ERROR
+            except StopIteration as e:  # which would end who iterates over the results, see PEP 479
+                raise RuntimeError("fn raised StopIteration") from e
+            except (ContainerLost, LeaseLost, SetupFailed) as e:
+                cause = e.__cause__ if isinstance(e, SetupFailed) else e
+                is_lost = isinstance(cause, ContainerLost) or (isinstance(cause, LeaseLost) and slot.state is SlotState.ERROR)
                 if not is_lost or not left or self.is_stopped:
                     raise
                 left -= 1
@@ -234,11 +238,13 @@ class _Work(Generic[Item, Value]):
                 self._done_with(slot)
 
     def _slot(self) -> Slot:
-        """One for an item; waited for as long as other items hold some, and then for the pool's ``acquire_timeout``."""
+        """One for an item, to be made ready; waited for as long as other items hold some, and then for the pool's
+        ``acquire_timeout``.
+        """
         while True:
             given_back = self._given_back
             try:
-                slot = self._pool.acquire(setup=self._setup)
+                slot = self._pool._take(setup=self._setup)
                 break
             except AcquireTimeout:
                 with self._released:

@@ -26,7 +26,7 @@ from .fleet.local import LocalFleet
 from .fleet.static import StaticFleet
 from .health import HealthThread
 from .mapping import Item, MapResults, Value
-from .preparing import Steps, prepare, steps_of
+from .preparing import Steps, steps_of
 from .progress import waiting
 from .sandbox import logs
 from .security import warn_of
@@ -204,6 +204,19 @@ class SlotPool:
         :raises InvalidRequest: the isolation can't keep a slot off the network, or an argument can't be used.
         :raises SetupFailed: a step of the setup failed; the slot has been given back.
         """
+        if not isinstance(network, (bool, type(None))):
+            raise InvalidRequest("network", "True, False or None", shown(network))
+        slot = self._take(trajectory_id, timeout, setup)
+        try:
+            self._make_ready(slot, network)
+        except BaseException:
+            slot.release()
+            raise
+        logs.lease(log, slot.slot_id, slot._tenure.token, "acquired in %s for %s", slot.alloc_id, slot.trajectory_id)
+        return slot
+
+    def _take(self, trajectory_id: str | None = None, timeout: float | None = None, setup: Steps | None = None) -> Slot:
+        """As :meth:`acquire`, but the slot is still to be made ready."""
         self._require_started()
         if timeout is None:
             timeout = self.config.acquire_timeout
@@ -211,27 +224,22 @@ class SlotPool:
             raise InvalidRequest("timeout", "a number of seconds, at least 0, or None", shown(timeout))
         if trajectory_id is not None and not isinstance(trajectory_id, str):
             raise InvalidRequest("trajectory_id", "a string or None", shown(trajectory_id))
-        if not isinstance(network, (bool, type(None))):
-            raise InvalidRequest("network", "True, False or None", shown(network))
         steps = (*self.config.setup, *steps_of(setup))
         try:
             tenure = self._supply.take(timeout)
         except AcquireTimeout as e:
             raise AcquireTimeout(f"{e}: {self._situation()}") from e.__cause__
-        slot = Slot(self, tenure, trajectory_id, steps)  # from here on the slot's finalizer sees to the lease
+        return Slot(self, tenure, trajectory_id, steps)  # from here on the slot's finalizer sees to the lease
+
+    def _make_ready(self, slot: Slot, network: bool | None = None) -> None:
+        """Give it the network that is wanted, and carry out its setup."""
+        tenure = slot._tenure
         wanted = network if network is not None else self.config.network
-        try:
-            if wanted is not None and wanted != tenure.network:
-                with tenure.use() as client:
-                    tenure.network = client.reset(tenure.slot, tenure.token, wanted)
-                tenure.prepared = ()
-            if steps:
-                prepare(slot, steps, self.config.setup_timeout)
-        except BaseException:
-            slot.release()
-            raise
-        logs.lease(log, slot.slot_id, tenure.token, "acquired in %s for %s", slot.alloc_id, slot.trajectory_id)
-        return slot
+        if wanted is not None and wanted != tenure.network:
+            tenure.prepared = ()
+            with tenure.use() as client:
+                tenure.network = client.reset(tenure.slot, tenure.token, wanted)
+        slot._prepare()
 
     def _situation(self) -> str:
         """What keeps callers waiting, in words."""

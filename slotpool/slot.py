@@ -256,10 +256,15 @@ class Slot:
         :raises SetupFailed: a step of the setup failed; the slot stays with the caller.
         :raises SlotError: as :meth:`bash`.
         """
+        self._tenure.prepared = ()
         with self._tenure.use() as client:
             client.reset(self.slot_id, self._tenure.token)
-        self._tenure.prepared = ()
-        prepare(self, self._setup, self._pool.config.setup_timeout)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Carry out what is still to be done of its setup."""
+        if self._setup:
+            prepare(self, self._setup, self._pool.config.setup_timeout)
 
     def release(self) -> None:
         """Give the slot back; returns at once, the cleaning is done in the background. Repeatable."""

@@ -121,6 +121,17 @@ def test_a_failing_setup_is_an_items_failure(pool: SlotPool) -> None:
     assert [type(one) for one in found] == [SetupFailed, SetupFailed]
 
 
+def test_a_function_that_raises_stop_iteration_does_not_end_the_results_unseen(pool: SlotPool) -> None:
+    def fail(s: Slot, item: int) -> int:
+        return int(next(iter([]), item) if item else next(iter([])))
+
+    failure: Any
+    failure, *others = pool.map(fail, range(3), return_exceptions=True)
+    assert isinstance(failure, RuntimeError)
+    assert "fn raised StopIteration" in str(failure)
+    assert others == [1, 2]
+
+
 def test_what_the_items_raise_comes_after_the_results_so_far(pool: SlotPool) -> None:
     def items() -> Iterator[int]:
         yield from range(3)
@@ -133,25 +144,33 @@ def test_what_the_items_raise_comes_after_the_results_so_far(pool: SlotPool) -> 
     assert list(found) == []
 
 
+@pytest.mark.parametrize("during", ["function", "setup"])
 @pytest.mark.parametrize("retries", [0, 2])
-def test_an_item_whose_container_is_lost_is_begun_anew_if_asked_for(retries: int) -> None:
+def test_an_item_whose_container_is_lost_is_begun_anew_if_asked_for(retries: int, during: str) -> None:
     attempts: list[str] = []
     before = set(servers())
 
-    def run(s: Slot, item: int) -> str:
+    def lose_the_first(s: Slot) -> None:
         attempts.append(s.alloc_id)
         if len(attempts) == 1:
             (server,) = set(servers()) - before
             os.kill(server, signal.SIGKILL)
+        s.bash("true")
+
+    def run(s: Slot, item: int) -> str:
+        if during == "function":
+            lose_the_first(s)
         return s.bash("echo well").stdout
 
+    setup = lose_the_first if during == "setup" else None
     with SlotPool(slots_per_container=1, max_containers=1) as pool:
-        found: list[Any] = list(pool.map(run, [1], retries=retries, return_exceptions=True))
+        found: list[Any] = list(pool.map(run, [1], retries=retries, return_exceptions=True, setup=setup))
     if retries:
         assert found == ["well\n"]
         assert len(set(attempts)) == 2
     else:
-        assert isinstance(found[0], (ContainerLost, LeaseLost))
+        lost = found[0].__cause__ if during == "setup" else found[0]
+        assert isinstance(lost, (ContainerLost, LeaseLost))
         assert len(attempts) == 1
 
 
@@ -178,6 +197,22 @@ def test_leaving_it_ends_what_runs(pool: SlotPool) -> None:
     with pool.map(hang, range(100)):
         running.wait(30)
     assert pool.acquired_slots == 0
+
+
+def test_leaving_it_ends_what_makes_a_slot_ready(pool: SlotPool) -> None:
+    started, went_on = threading.Event(), threading.Event()
+
+    def hang(s: Slot) -> None:
+        started.set()
+        s.bash("sleep 1000", timeout=1000)
+
+    def go_on(s: Slot) -> None:
+        went_on.set()
+
+    with pool.map(echo, [1], setup=[hang, go_on]):
+        assert started.wait(30)
+    assert pool.acquired_slots == 0
+    assert not went_on.is_set()
 
 
 def test_it_works_to_the_end_though_nobody_looks(pool: SlotPool) -> None:
@@ -236,21 +271,21 @@ def test_a_slot_is_waited_for_as_long_as_another_item_has_one() -> None:
 
 def test_and_then_for_as_long_as_the_pool_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, given_back = threading.Event(), threading.Event()
-    acquire, done_with = SlotPool.acquire, mapping._Work._done_with
+    take, done_with = SlotPool._take, mapping._Work._done_with
     calls = itertools.count()
 
-    def acquire_late(self: SlotPool, **given: Any) -> Slot:
+    def take_late(self: SlotPool, **given: Any) -> Slot:
         if next(calls) == 1:  # its time runs out just after the other item's slot was given back
             waiting.set()
             assert given_back.wait(30)
             raise AcquireTimeout("no slot became free")
-        return acquire(self, **given)
+        return take(self, **given)
 
     def done_and_told(self: mapping._Work[int, int], slot: Slot) -> None:
         done_with(self, slot)
         given_back.set()
 
-    monkeypatch.setattr(SlotPool, "acquire", acquire_late)
+    monkeypatch.setattr(SlotPool, "_take", take_late)
     monkeypatch.setattr(mapping._Work, "_done_with", done_and_told)
     with SlotPool(slots_per_container=2, max_containers=1) as pool:
         assert list(pool.map(lambda s, item: waiting.wait(30) and item, range(2))) == [0, 1]
