@@ -46,8 +46,9 @@ def prepare(slot: Slot, steps: tuple[Step, ...], timeout: float) -> None:
     :raises SetupFailed: with the step; those after it have not been carried out.
     """
     tenure = slot._tenure
+    done = tenure.prepared
     for number, step in enumerate(steps, 1):
-        if step in tenure.prepared:
+        if step in done:
             continue
         try:
             if isinstance(step, str):

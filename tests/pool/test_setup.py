@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slotpool import InvalidRequest, Slot, SlotPool
+from slotpool import ContainerLost, InvalidRequest, Slot, SlotPool
 from slotpool.errors import SetupFailed
 
 NOTE = "echo step >> steps"
@@ -47,6 +47,28 @@ def test_a_slot_that_is_handed_on_as_it_is_is_not_set_up_again(prepared: SlotPoo
     prepared.release(s, reset_workspace=False)
     with prepared.slot(setup=["echo more >> steps", "echo further >> steps"]) as s:
         assert s.read_file("steps") == "step\nmore\nfurther\n"
+
+
+def test_a_step_may_come_twice(prepared: SlotPool) -> None:
+    with prepared.slot(setup=["echo more >> steps", NOTE, "echo more >> steps"]) as s:
+        assert s.read_file("steps") == "step\nmore\nstep\nmore\n"
+
+
+def test_a_reset_whose_answer_is_lost_is_a_reset(prepared: SlotPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = prepared.acquire()
+    client = s._tenure.container.client
+    reset = client.reset
+
+    def answer_lost(*args: Any) -> bool:
+        reset(*args)
+        raise ContainerLost("no answer")
+
+    monkeypatch.setattr(client, "reset", answer_lost)
+    with pytest.raises(ContainerLost):
+        s.reset()
+    prepared.release(s, reset_workspace=False)
+    with prepared.slot() as s:
+        assert count(s) == 1
 
 
 def test_a_reset_sets_it_up_again(prepared: SlotPool) -> None:
