@@ -256,7 +256,8 @@ class SlotPool:
     def release(self, slot: Slot, reset_workspace: bool = True) -> None:
         """Give a slot back. Returns at once; the server cleans the slot before anybody else gets it. Repeatable.
 
-        :param reset_workspace: False hands the slot as it is, with files and processes, to the next ``acquire`` of this pool.
+        :param reset_workspace: False hands the slot as it is, with files, processes and its network, to the next ``acquire`` of
+            this pool.
         """
         if not isinstance(slot, Slot):
             raise InvalidRequest("slot", "a Slot of this pool", shown(slot))
@@ -266,8 +267,8 @@ class SlotPool:
             return
         tenure = slot._tenure
         if tenure.end():
-            self._supply.give_back(tenure, keep=not reset_workspace)
             logs.lease(log, tenure.slot, tenure.token, "released" if reset_workspace else "released as it is")
+        self._supply.give_back(tenure, keep=not reset_workspace)  # each time, as an interrupt may have come amid the first
         slot._finalizer.detach()
 
     def _abandon(self, tenure: Tenure) -> None:
@@ -290,7 +291,7 @@ class SlotPool:
                 log.warning("%s, lease %s: dropped without being released; giving it back", *ids.values(), extra=ids)
                 with self._supply.lock:
                     self._supply.counters.slots_abandoned += 1
-                self._supply.give_back(tenure)
+            self._supply.give_back(tenure)
 
     # Executing
 

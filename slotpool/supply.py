@@ -133,6 +133,11 @@ class Supply:
             container = tenure.container
             if container.tenures.get(tenure.token) is not tenure:
                 self.counters.returns_bad += 1  # lost while it was used
+            elif not tenure.holds:  # which a call has found out, and no renewal yet
+                self.counters.returns_bad += 1
+                self.counters.leases_lost += 1
+                del container.tenures[tenure.token]
+                self._has_room(container)
             elif (keep or not tenure.used) and not container.cordoned:
                 fresh = tenure.handed_on()
                 container.tenures[fresh.token] = fresh

@@ -36,7 +36,8 @@ class Tenure:
         self._lock = threading.Lock()  # guards the fields below
         self._running = 0
         self._end = ""  # why it can't be used any more
-        self._lost = False
+        self._lost = False  # which the holder has not answered by giving it back
+        self.holds = True  # as far as is known
         self._pid = os.getpid()
 
     def handed_on(self) -> Tenure:
@@ -69,6 +70,7 @@ class Tenure:
     def lose(self, why: str) -> None:
         """The server does not know the lease any more, or the server itself is lost."""
         with self._lock:
+            self.holds = False
             if not self._end:
                 self._end, self._lost = why, True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -155,6 +156,40 @@ def test_a_stop_that_was_interrupted_can_be_finished(monkeypatch: pytest.MonkeyP
     pool.stop()
     with pytest.raises(PoolClosed):
         pool.acquire()
+
+
+def test_a_release_that_was_interrupted_can_be_repeated(pool: SlotPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_back = pool._supply.give_back
+
+    def interrupted(*args: object, **more: object) -> None:
+        monkeypatch.setattr(pool._supply, "give_back", give_back)
+        raise KeyboardInterrupt
+
+    s = pool.acquire()
+    monkeypatch.setattr(pool._supply, "give_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        s.release()
+    assert pool.acquired_slots == 1
+    s.release()
+    assert pool.acquired_slots == 0
+
+
+def test_a_slot_is_given_back_that_is_dropped_amid_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SlotPool(slots_per_container=1, max_containers=1, health_check_interval=0.05) as pool:
+        give_back = pool._supply.give_back
+
+        def interrupted(*args: object, **more: object) -> None:
+            monkeypatch.setattr(pool._supply, "give_back", give_back)
+            raise KeyboardInterrupt
+
+        s = pool.acquire()
+        monkeypatch.setattr(pool._supply, "give_back", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            s.release()
+        del s
+        gc.collect()  # what was raised has it too
+        with pool.slot(timeout=20) as s:
+            assert s.bash("echo well").stdout == "well\n"
 
 
 def test_a_lease_that_an_interrupt_left_with_nobody_is_given_back() -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from slotpool import AcquireTimeout, SlotPool
+from slotpool import AcquireTimeout, LeaseLost, SlotPool
 
 THREADS, LEASES, SLOTS = 64, 2000, 10
 # What files and what processes there are, told by bash alone: so many programs would take longer than all else.
@@ -83,8 +83,6 @@ def test_waiters_are_served_in_the_order_they_came(pool: SlotPool) -> None:
 
 
 def test_an_untouched_slot_is_handed_on_and_its_old_handle_is_void(pool: SlotPool) -> None:
-    from slotpool import LeaseLost
-
     first = pool.acquire()
     first.release()
     seen = set()
@@ -134,3 +132,16 @@ def test_a_slot_released_as_it_is_keeps_its_files_and_processes() -> None:
             assert s.bash("ls -A; pgrep -c sleep").stdout == "0\n"
         with pool.slot() as s:
             assert s.bash("ls -A").stdout == ""
+
+
+def test_a_lost_lease_is_not_handed_on_as_it_is() -> None:
+    with SlotPool(slots_per_container=1, max_containers=1) as pool:
+        slot = pool.acquire()
+        slot._tenure.container.client.lease("somebody else", 30, 0, [slot._tenure.token])
+        with pytest.raises(LeaseLost):
+            slot.bash("true")
+        pool.release(slot, reset_workspace=False)
+        with pool.slot() as s:
+            assert s.bash("echo well").stdout == "well\n"
+        stats = pool.get_stats()
+        assert (stats["leases_lost"], stats["returns_bad"]) == (1, 1)
