@@ -121,6 +121,7 @@ class SandboxClient:
         begun = time.monotonic()
         deadline = begun + timeout + _ENDING + _SLACK
         pause: _Pause | None = None
+        runs = False
         logs.execution(log, call, None, self.address)
 
         def ask() -> tuple[int, Any]:
@@ -130,11 +131,12 @@ class SandboxClient:
 
         try:
             while True:
-                status, body, repeated = self._repeat(ask)
+                status, body, repeated = self._repeat(ask, runs=runs)
                 if status != 202:
-                    result: Any = self._dict((status, body, repeated))
+                    result: Any = self._dict((status, body, repeated or runs))
                     logs.execution(log, call, result, self.address)
                     return result  # type: ignore[no-any-return]
+                runs = True
                 if time.monotonic() > deadline:
                     raise self._lost(f"the command should have ended {_ENDING + _SLACK:.0f} s ago", True)
                 pause = pause or _Pause(begun)
@@ -162,6 +164,7 @@ class SandboxClient:
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
         found: list[Any] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
+        running: set[int] = set()  # of them, as the server has told
         for call in calls:
             logs.execution(log, call, None, self.address)
 
@@ -175,12 +178,12 @@ class SandboxClient:
             while open_:
                 if time.monotonic() > deadline:
                     raise self._lost(f"the commands should have ended {_ENDING + _SLACK:.0f} s ago", True)
-                status, body, repeated = self._repeat(ask)
-                answers = self._dict((status, body, repeated))["results"]
+                status, body, repeated = self._repeat(ask, runs=bool(running))
+                answers = self._dict((status, body, repeated or bool(running)))["results"]
                 anew = False
                 for i, answer in zip(open_, answers):
                     if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
-                        failure = found[i] = protocol.to_exception(0, answer, repeated)
+                        failure = found[i] = protocol.to_exception(0, answer, repeated or i in running)
                         if answer["error"].get("code") == "slot_broken" and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
                             logs.execution(log, calls[i], failure, self.address)
@@ -190,9 +193,12 @@ class SandboxClient:
                                 found[i] = None
                                 anew = True
                                 deadline = max(deadline, time.monotonic() + calls[i]["timeout"] + _ENDING + _SLACK)
-                    elif "running" not in answer:
+                    elif "running" in answer:
+                        running.add(i)
+                    else:
                         found[i] = answer
                 open_ = [i for i in open_ if found[i] is None]
+                running.intersection_update(open_)
                 if open_ and not anew:
                     pause()
         except SlotPoolError as e:
@@ -280,10 +286,11 @@ class SandboxClient:
         except (NotSent, Broken) as e:
             raise self._lost(str(e), False) from e
 
-    def _repeat(self, ask: Callable[[], tuple[int, T]], once_sent: bool = True) -> tuple[int, T, bool]:
+    def _repeat(self, ask: Callable[[], tuple[int, T]], once_sent: bool = True, runs: bool = False) -> tuple[int, T, bool]:
         """Ask until there is an answer; the answer, and whether an earlier try may have reached the server.
 
         :param once_sent: also ask again after a try that may have reached it.
+        :param runs: what is asked for has begun, as an earlier answer told.
         :raises ContainerLost: after the last try.
         """
         sent = False
@@ -300,7 +307,7 @@ class SandboxClient:
                 break
             log.info("asking %s again: %s", self.address, failure)
             time.sleep(pause)
-        raise self._lost(str(failure), sent) from failure
+        raise self._lost(str(failure), sent or runs) from failure
 
     def _lost(self, why: str, may_have_run: bool) -> ContainerLost:
         return ContainerLost(f"no answer from the container at {self.address}: {why}", may_have_run)

@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
-from slotpool.errors import FileError
+from slotpool.errors import ContainerLost, FileError, LeaseLost, SlotError
 from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.transport import Broken, NotSent, Transport
 
@@ -550,6 +550,71 @@ def test_a_file_whose_end_never_comes_is_a_file_error_and_one_whose_end_comes_la
     with always as (_, transport), client_of(transport) as client, pytest.raises(FileError, match="ended early") as failed:
         client.read_file("slot_0", "lease", "f")
     assert (failed.value.errno, failed.value.filename) == (errno.EIO, "f")
+
+
+def saying(status: int, body: object) -> bytes:
+    content = json.dumps(body).encode()
+    return b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content)
+
+
+def call(execution_id: str) -> Any:
+    return {
+        "slot": "slot_0",
+        "lease": "lease",
+        "execution_id": execution_id,
+        "tool": "bash",
+        "args": {"command": "true"},
+        "timeout": 5.0,
+    }
+
+
+RUNNING = {"running": True}
+LEASE_LOST = {"error": {"code": "lease_lost", "message": "it is another's", "may_have_run": False}}
+CLOSING = {"error": {"code": "closing", "message": "the server is shutting down"}}
+ENDS_OF_WHAT_RUNS = pytest.mark.parametrize(
+    ("end", "kind"), [((409, LEASE_LOST), LeaseLost), ((503, CLOSING), ContainerLost), (None, ContainerLost)]
+)
+
+
+@ENDS_OF_WHAT_RUNS
+def test_what_the_server_has_said_to_run_may_have_run_however_it_ends(
+    tmp_path: Path, end: tuple[int, object] | None, kind: type[SlotError]
+) -> None:
+    path = tmp_path / "socket"
+
+    def connection(wire: Wire) -> None:
+        wire.request()
+        if end is None:
+            path.unlink()  # nobody can connect any more
+        wire.say(saying(202, RUNNING))
+        if end is not None:
+            wire.request()
+            wire.say(saying(*end))
+
+    with serving(connection, path=path) as (_, transport), client_of(transport) as client, pytest.raises(kind) as failed:
+        client.execute("slot_0", "lease", "bash", {"command": "true"}, 5.0)
+    assert failed.value.may_have_run
+
+
+@ENDS_OF_WHAT_RUNS
+def test_so_may_a_call_of_a_batch(tmp_path: Path, end: tuple[int, object] | None, kind: type[SlotError]) -> None:
+    path = tmp_path / "socket"
+
+    def connection(wire: Wire) -> None:
+        wire.request()
+        if end is None:
+            path.unlink()
+        wire.say(saying(200, {"results": [RUNNING, LEASE_LOST]}))
+        if end is not None:
+            wire.request()
+            wire.say(saying(200, {"results": [end[1]]}))
+
+    with serving(connection, path=path) as (_, transport), client_of(transport) as client:
+        runs, never = client.batch([call("a"), call("b")])
+    assert isinstance(runs, kind)
+    assert runs.may_have_run
+    assert isinstance(never, LeaseLost)
+    assert not never.may_have_run
 
 
 def client_of(transport: Transport) -> contextlib.closing[SandboxClient]:
