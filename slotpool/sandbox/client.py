@@ -24,6 +24,7 @@ _ENDING = 3.0  # seconds that a server takes at most to end a command whose time
 _PAUSES = (0.05, 0.2, 0.5)  # before each repetition, in seconds
 _MOST_CALLS = 1000  # of a batch that go in one request
 _RETRIES = 2  # of a command that certainly has not run
+_TRIED_AGAIN = ("slot_broken", "overloaded")  # and no result_gone, with which a call answers that was cancelled before it came
 _LEAST = 0.2  # seconds between two requests for the same result
 _CANCEL_TIMEOUT = 3.0
 _FILE_TIMEOUT = 330.0
@@ -154,7 +155,8 @@ class SandboxClient:
         """Run many calls of this container's slots side by side, each at most once; for each, in order, its result or the
         exception that :meth:`execute` would have raised.
 
-        As there, what certainly has not run is tried twice more; such a call's ``execution_id`` is replaced.
+        As there, what certainly has not run is tried twice more; such a call's ``execution_id`` is replaced. Of more than a
+        thousand calls, each thousand begins when the one before it has ended.
 
         :param cancelled: if another thread sets it, and then cancels the calls by their ids, none is tried again.
         """
@@ -184,7 +186,7 @@ class SandboxClient:
                 for i, answer in zip(open_, answers):
                     if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
                         failure = found[i] = protocol.to_exception(0, answer, repeated or i in running)
-                        if answer["error"].get("code") == "slot_broken" and not _may_have_run(failure) and retries[i]:
+                        if answer["error"].get("code") in _TRIED_AGAIN and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
                             logs.execution(log, calls[i], failure, self.address)
                             calls[i]["execution_id"] = new_execution_id()

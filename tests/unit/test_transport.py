@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 import pytest
 
-from slotpool.errors import ContainerLost, FileError, LeaseLost, SlotError
+from slotpool.errors import ContainerLost, FileError, LeaseLost, SlotBroken, SlotError
 from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.transport import Broken, NotSent, Transport
 
@@ -569,6 +569,7 @@ def call(execution_id: str) -> Any:
 
 
 RUNNING = {"running": True}
+CANCELLED = {"error": {"code": "result_gone", "message": "it was cancelled before it began", "may_have_run": False}}
 LEASE_LOST = {"error": {"code": "lease_lost", "message": "it is another's", "may_have_run": False}}
 CLOSING = {"error": {"code": "closing", "message": "the server is shutting down"}}
 ENDS_OF_WHAT_RUNS = pytest.mark.parametrize(
@@ -615,6 +616,26 @@ def test_so_may_a_call_of_a_batch(tmp_path: Path, end: tuple[int, object] | None
     assert runs.may_have_run
     assert isinstance(never, LeaseLost)
     assert not never.may_have_run
+
+
+@pytest.mark.parametrize("code", ["slot_broken", "overloaded"])
+def test_a_call_of_a_batch_that_has_not_run_is_tried_twice_more_under_other_ids(code: str) -> None:
+    asked: list[list[str]] = []
+
+    def connection(wire: Wire) -> None:
+        refused = {"error": {"code": code, "message": "not now", "may_have_run": False}}
+        for answers in ([refused, refused, CANCELLED], [refused, refused], [refused, {"stdout": "well"}]):
+            asked.append([one["execution_id"] for one in json.loads(wire.request())["calls"]])
+            wire.say(saying(200, {"results": answers}))
+
+    with serving(connection) as (_, transport), client_of(transport) as client:
+        refused, well, cancelled = client.batch([call("a"), call("b"), call("c")])
+    assert [len(ids) for ids in asked] == [3, 2, 2]
+    assert len({one for ids in asked for one in ids}) == 7
+    assert isinstance(refused, SlotBroken)
+    assert well == {"stdout": "well"}
+    assert isinstance(cancelled, SlotBroken)
+    assert not cancelled.may_have_run
 
 
 def client_of(transport: Transport) -> contextlib.closing[SandboxClient]:
