@@ -372,7 +372,11 @@ class Host:
             self.warmer.begun(tenancy.cell)
         ended = driver.run(until=deadline)
         if not ended:
-            threading.Thread(target=_drive, args=(driver,), name="slotpool-execution", daemon=True).start()
+            try:
+                threading.Thread(target=_drive, args=(driver,), name="slotpool-execution", daemon=True).start()
+            except RuntimeError as e:  # no more threads to be had
+                log.warning("a request is held until its executions have ended: %s", e)
+                ended = driver.run()
         answers = [run.answer(deadline) for run in runs]
 
         def afterwards() -> None:

@@ -24,7 +24,7 @@ from slotpool.errors import IsolationUnavailable, StartFailed
 from slotpool.sandbox import cgroups, confine, linux, sandboxes
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
-from slotpool.sandbox.protocol import RequestFailed
+from slotpool.sandbox.protocol import CallRequest, Lease, RequestFailed
 from slotpool.sandbox.tenancies import HostConfig, Tenancy, TenancyMaker
 
 BATCH = 10  # more than sandboxes are made at once
@@ -82,6 +82,30 @@ def test_leases_end_also_where_no_more_threads_can_be_had(monkeypatch: pytest.Mo
         host.lease("test", 60, 0, [released["token"]], 0)
         assert wait_until(lambda: host.health()["counts"]["free"] == 2), "by its time the other one, too"
         assert not host.holds(expiring["slot"], expiring["token"])
+    finally:
+        host.close()
+
+
+def _call(lease: Lease, command: str, timeout: float = 20.0) -> CallRequest:
+    return {
+        "slot": lease["slot"],
+        "lease": lease["token"],
+        "execution_id": command,
+        "tool": "bash",
+        "args": {"command": command},
+        "timeout": timeout,
+    }
+
+
+def test_so_do_commands_that_go_on_after_their_requests_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        _no_threads(monkeypatch, "slotpool-execution")
+        (answer,), afterwards = host.execute([_call(lease, "sleep 1021", 0.5)], 0.0)
+        afterwards()
+        assert isinstance(answer, dict)
+        assert answer["timed_out"]
     finally:
         host.close()
 
