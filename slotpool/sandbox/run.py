@@ -47,6 +47,9 @@ class Run:
             self._begin()
         except RequestFailed as e:
             self._failure = e
+        except Exception as e:  # whatever it is, other calls of the request may have begun
+            log.exception("an execution could not be begun", extra=self._ids())
+            self._failure = _internal(e)
 
     def _begin(self) -> None:
         call = self._call

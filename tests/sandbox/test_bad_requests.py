@@ -17,13 +17,35 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from slotpool.errors import FileError, InvalidRequest
-from slotpool.sandbox.protocol import LEASE_HEADER
+from slotpool.sandbox.host import Host
+from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.protocol import LEASE_HEADER, RequestFailed
+from slotpool.sandbox.tenancies import HostConfig
 
 
 def raw(server: Server, method: str, path: str, body: bytes, **headers: str) -> tuple[int, Any]:
     """Without the client's own checks."""
     status, content = server.client._http.request(method, path, body, 20, headers)
     return status, json.loads(content)["error"]
+
+
+def test_a_call_of_a_batch_that_can_not_even_be_told_of_leaves_the_others_alone() -> None:
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        nested: list[Any] = []
+        for _ in range(100_000):
+            nested = [nested]
+        common = {"slot": lease["slot"], "lease": lease["token"], "timeout": 20.0, "args": {"command": "echo well"}}
+        calls: Any = [{**common, "execution_id": "a", "tool": "bash"}, {**common, "execution_id": "b", "tool": nested}]
+        (well, failed), afterwards = host.execute(calls, 20.0)
+        afterwards()
+        assert isinstance(well, dict)
+        assert well["stdout"] == "well\n"
+        assert isinstance(failed, RequestFailed)
+        assert failed.body["code"] == "internal"
+    finally:
+        host.close()
 
 
 @pytest.mark.parametrize(
