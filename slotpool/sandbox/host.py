@@ -350,11 +350,16 @@ class Host:
             raise RequestFailed("slot_broken", str(e)) from e
         fresh.executions = old.executions  # ids stay spent
         with self._lock:
-            if self._table.check(slot, token, time.monotonic()) is not None and self._tenancies.get(slot) is old:
+            holds = self._table.check(slot, token, time.monotonic()) is not None
+            current = self._tenancies.get(slot) if holds else None
+            if current is old:
                 self._tenancies[slot] = fresh
                 return network
         self._maker.discard(fresh)
-        raise protocol.lease_lost(slot)
+        if current is None:
+            raise protocol.lease_lost(slot)
+        # Another was quicker, of which this may be the repetition.
+        return network if current.place.network == network and not current.ended else self.reset(slot, token, network)
 
     # Executions
 

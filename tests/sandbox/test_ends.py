@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,37 @@ def test_so_do_commands_that_go_on_after_their_requests_time(monkeypatch: pytest
         afterwards()
         assert isinstance(answer, dict)
         assert answer["timed_out"]
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("networks", [(None, None), (True, False)])
+def test_of_two_resets_at_once_none_takes_the_lease_for_lost(
+    monkeypatch: pytest.MonkeyPatch, networks: tuple[bool | None, bool | None]
+) -> None:
+    if why_not("bwrap"):
+        pytest.skip(why_not("bwrap"))
+    make = TenancyMaker.make
+    first, both = threading.Semaphore(2), threading.Barrier(2)
+
+    def together(maker: TenancyMaker, network: bool) -> Tenancy:
+        if first.acquire(blocking=False):
+            both.wait(20)
+        return make(maker, network)
+
+    host = Host(HostConfig(slots=1, isolation="bwrap"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        monkeypatch.setattr(TenancyMaker, "make", together)
+        with ThreadPoolExecutor(2) as executor:
+            resets = [executor.submit(host.reset, lease["slot"], lease["token"], network) for network in networks]
+            has = [reset.result() for reset in resets]
+        assert has == [lease["network"] if network is None else network for network in networks]
+        (answer,), afterwards = host.execute([_call(lease, "echo well")], 20.0)
+        afterwards()
+        assert isinstance(answer, dict)
+        assert answer["stdout"] == "well\n"
+        assert answer["network"] in has
     finally:
         host.close()
 
