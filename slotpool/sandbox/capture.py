@@ -184,16 +184,15 @@ class Driver:
             return False
         now = time.monotonic()
         first = min(job.due for job in self._open)
-        if now >= first:
-            for job in [job for job in self._open if now >= job.due]:
-                self._expire(job, now)
-            return True
-        if now >= until:
+        if first > now >= until:
             return False
-        for fd, event in self._poll.poll((min(first, until) - now) * 1000 + 1):
+        for fd, event in self._poll.poll((min(first, until) - now) * 1000 + 1 if first > now else 0):
             if fd in self._handles:
                 job, what = self._handles[fd]
                 self._handle(job, what, fd, event)
+        if now >= first:  # not before what has come, perhaps long ago: another's end may have taken its time
+            for job in [job for job in self._open if now >= job.due]:
+                self._expire(job, now)
         return True
 
     @property

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import time
 import tracemalloc
 from collections.abc import Iterable
 
 import pytest
+from cells import new_cell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slotpool.sandbox.capture import Output
+from slotpool.sandbox import linux, sandboxes, zygote
+from slotpool.sandbox.capture import Driver, Job, Output
 
 FEW = settings(max_examples=200, deadline=None, database=None)
 GAP = re.compile(r"\n\[\.\.\. (\d+) bytes left out \.\.\.\]\n")
@@ -88,6 +94,36 @@ def test_an_end_is_found_in_what_was_kept() -> None:
     assert not fed(10, [b"0123"]).ends_with(b"12")
     assert fed(4, [b"01234"]).ends_with(b"34")
     assert not fed(4, [b"01234"]).ends_with(b"234")
+
+
+def test_what_has_ended_while_another_calls_end_was_seen_to_is_not_past_its_deadline() -> None:
+    with contextlib.ExitStack() as stack:
+        made, control, far_lifeline = new_cell(stack)
+        far: list[dict[str, int]] = []
+        calls = []
+        for _ in range(2):
+            calls.append(made.shell(b"true", None))
+            message, fds = linux.receive(control, 65536, 8)
+            far.append(dict(zip(json.loads(message)["fds"], fds)))
+
+        def long() -> None:
+            os.write(far[1]["stdout"], b"whole")
+            os.write(far[1]["call"], zygote.STATUS.pack(0))
+            other.deadline = time.monotonic()
+
+        ends: list[bool] = []
+        one = Job(calls[0], time.monotonic() + 60, 50, 50, long)
+        other = Job(calls[1], time.monotonic() + 60, 50, 50, lambda: ends.append(True))
+        driver = Driver([one, other])
+        os.write(far[0]["call"], zygote.STATUS.pack(0))
+        assert driver.run()
+        assert ends == [True]
+        assert (other.outcome.timed_out, other.outcome.status, other.outcome.stdout.text()) == (False, 0, "whole")
+        driver.close()
+        for fd in (*far[0].values(), *far[1].values()):
+            os.close(fd)
+        far_lifeline.send(sandboxes.DEAD)
+        made.destroy()
 
 
 @FEW
