@@ -249,7 +249,9 @@ class TenancyMaker:
                 return
             if not broken.destroy():
                 log.error("processes of a broken sandbox could not be killed: %s", tenancy.place.directory)
-                return  # its calls go on failing, and at the lease's end the slot is quarantined, unless they are dead by then
+                # Its calls go on failing, and at the lease's end the slot is quarantined, unless they are dead by then.
+                why = "the slot's processes were lost, and what is left of them could not be killed"
+                raise RequestFailed("slot_broken", why, may_have_run=may_have_run)
             try:
                 fresh = start(self._nursery, self.isolation.order(tenancy.place))
                 try:

@@ -27,6 +27,7 @@ from slotpool.errors import FileError, StartFailed
 from slotpool.sandbox.cell import Cell
 from slotpool.sandbox.isolation import Isolation, Limits, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.protocol import RequestFailed
 from slotpool.sandbox.tenancies import HostConfig, TenancyMaker
 
 
@@ -93,6 +94,23 @@ def test_a_slot_is_made_also_if_no_shell_can_be_started_in_it(monkeypatch: pytes
         assert tenancy.cell.armed == 0
         maker.end(tenancy)
         assert wait_until(lambda: not os.path.exists(tenancy.place.directory))
+    finally:
+        maker.close()
+
+
+@pytest.mark.parametrize("may_have_run", [True, False])
+def test_a_slot_whose_processes_can_not_be_killed_is_not_said_to_be_mended(
+    monkeypatch: pytest.MonkeyPatch, may_have_run: bool
+) -> None:
+    maker = TenancyMaker(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        tenancy = maker.make(network=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(Cell, "destroy", lambda _: False)
+            with pytest.raises(RequestFailed, match="could not be killed") as failed:
+                maker.mend(tenancy, tenancy.cell, may_have_run)
+        assert (failed.value.body["code"], failed.value.body["may_have_run"]) == ("slot_broken", may_have_run)
+        maker.end(tenancy)
     finally:
         maker.close()
 
