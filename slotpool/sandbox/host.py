@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
 _MOST_SPARES = 2
 _MOST_PAUSE = 600.0  # seconds until a quarantined slot is tried again; the first pause is HostConfig.quarantine
+_LATE = 5.0  # seconds past its time after which a request takes no leases: its client may have given up, see client._SLACK
 _ENDERS = 8  # threads that end what was in slots
 _MAKERS = 8  # threads that make sandboxes
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ETOOMANYREFS)
@@ -238,7 +239,7 @@ class Host:
             while True:
                 self._refuse_if_closing()
                 now = time.monotonic()
-                leases = self._table.take(owner, take, ttl, now)
+                leases = self._table.take(owner, take if now < deadline + _LATE else 0, ttl, now)
                 if leases or take == 0 or now >= deadline:
                     break
                 self._waiting += take

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
 
 from slotpool.errors import IsolationUnavailable, StartFailed
 from slotpool.sandbox import cgroups, confine, linux, sandboxes
+from slotpool.sandbox import host as host_module
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import CallRequest, Lease, RequestFailed
@@ -158,6 +160,25 @@ def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest
         monkeypatch.setattr(Host, "_given_back", lambda *_: host.close())
         with pytest.raises(RequestFailed, match="shutting down"):
             host.lease("test", 60, 0, [lease["token"]], 0)
+    finally:
+        host.close()
+
+
+def test_who_has_waited_long_for_what_he_gave_back_is_gone_and_gets_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    later = [0.0]
+    end = TenancyMaker.end
+
+    def long(maker: TenancyMaker, tenancy: Tenancy) -> None:
+        end(maker, tenancy)
+        later[0] = 20.0
+
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        monkeypatch.setattr(host_module, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later[0]))
+        monkeypatch.setattr(TenancyMaker, "end", long)
+        assert host.lease("test", 60, 1, [lease["token"]], 5.0)["leases"] == []
+        assert host.health()["counts"]["free"] == 1
     finally:
         host.close()
 
