@@ -244,7 +244,8 @@ class Host:
                     break
                 self._waiting += take
                 try:
-                    self._changed.wait(deadline - now)
+                    opens = self._table.opens()  # which nobody signals
+                    self._changed.wait((min(opens, deadline) if opens > now else deadline) - now)
                 finally:
                     self._waiting -= take
             self.tally.leases(granted=len(leases))

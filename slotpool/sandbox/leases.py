@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+import math
 import secrets
 from collections.abc import Iterable
 
@@ -51,7 +52,7 @@ class LeaseTable:
     def take(self, owner: str, count: int, ttl: float, now: float) -> list[Lease]:
         """Lease up to ``count`` free slots, the first in order."""
         taken: list[Lease] = []
-        if any(now < until for until in self._cordons.values()):
+        if now < self.opens():
             return taken
         for slot, row in self._rows.items():
             if len(taken) == count:
@@ -137,6 +138,10 @@ class LeaseTable:
             return False
         self._cordons[owner] = until
         return True
+
+    def opens(self) -> float:
+        """When leases are granted again, unless who has asked for a cordon changes that; not in the future if they are."""
+        return max(self._cordons.values(), default=-math.inf)
 
     def has_free(self) -> bool:
         """Whether a slot may be leased, unless it is cordoned."""

@@ -223,6 +223,7 @@ class LeaseModel(RuleBasedStateMachine):
         assert self.table.counts() == {state.value: list(states.values()).count(state) for state in State}
         assert (self.table.leased(), self.table.usable()) == (len(self.held), len(self.slots) - len(self.bad))
         assert self.table.has_free() == bool(self.free)
+        assert max(self.table.opens(), self.now) == max([*self.cordons.values(), self.now])
         assert self.table.next_expiry() == min((one.until for one in self.held), default=None)
 
 

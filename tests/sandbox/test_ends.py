@@ -183,6 +183,18 @@ def test_who_has_waited_long_for_what_he_gave_back_is_gone_and_gets_no_lease(mon
         host.close()
 
 
+def test_who_waits_gets_a_lease_as_soon_as_a_cordon_runs_out() -> None:
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    with ThreadPoolExecutor(1) as executor:
+        try:
+            assert wait_until(lambda: host.health()["counts"]["free"] == 1)
+            assert host.cordon("test", 0.5, ())
+            waiting = executor.submit(host.lease, "test", 60, 1, (), 100)
+            assert len(waiting.result(20)["leases"]) == 1
+        finally:
+            host.close()
+
+
 def test_who_ends_a_sandbox_with_namespaces_waits_for_its_death_alone() -> None:
     if why_not("bwrap"):
         pytest.skip(why_not("bwrap"))
