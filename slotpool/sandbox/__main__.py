@@ -21,6 +21,8 @@ def main() -> None:
         nursery = NurseryProcess()
     except OSError as e:
         _fail(StartFailed(f"the process that makes sandboxes could not be started: {e}"))
+    except StartFailed as e:
+        _fail(e)
     try:
         _serve(nursery)
     finally:

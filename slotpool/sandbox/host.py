@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -54,6 +55,7 @@ def _executor(threads: int, name: str) -> ThreadPoolExecutor:
             executor.submit(together.wait)
     except RuntimeError:
         together.abort()
+        executor.shutdown()
         raise
     return executor
 
@@ -89,19 +91,30 @@ class Host:
         self._cleaning = 0  # requests that clean a slot
         self._waiting = 0  # leases that requests wait for
         self._closing = False
-        self.warmer = Warmer()
-        # Apart, so that none of what is to be ended goes on until sandboxes were made for all that ended before it.
         try:
-            self._enders = _executor(min(_ENDERS, config.slots), "slotpool-end")
-            self._makers = _executor(min(_MAKERS, config.slots + _MOST_SPARES), "slotpool-make")
+            self._start_threads()
         except RuntimeError as e:
-            self.warmer.stop()
-            self._maker.close()
             raise StartFailed(f"this server needs more threads than it may have: {e}") from e
         for name in names:
             self._makers.submit(self._prepare, name)
-        self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
-        self._reaper.start()
+
+    def _start_threads(self) -> None:
+        """
+        :raises RuntimeError: they can't be had now; nothing is left then.
+        """
+        slots = self.config.slots
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._maker.close)
+            self.warmer = Warmer()
+            undo.callback(self.warmer.stop)
+            # Apart, so that none of what is to be ended goes on until sandboxes were made for all that ended before it.
+            self._enders = _executor(min(_ENDERS, slots), "slotpool-end")
+            undo.callback(self._enders.shutdown)
+            self._makers = _executor(min(_MAKERS, slots + _MOST_SPARES), "slotpool-make")
+            undo.callback(self._makers.shutdown)
+            self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
+            self._reaper.start()
+            undo.pop_all()
 
     def _clean(self, slots: Iterable[str]) -> None:
         with self._lock:

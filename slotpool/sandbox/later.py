@@ -25,7 +25,10 @@ class Later:
     """
 
     def __init__(self, name: str, pause: float) -> None:
-        """:param pause: seconds until something is done."""
+        """
+        :param pause: seconds until something is done.
+        :raises RuntimeError: the thread can't be had now.
+        """
         self._pause = pause
         self._timer = linux.timer()
         self._lock = threading.Lock()  # guards the rest
@@ -34,7 +37,11 @@ class Later:
         self._numbers = itertools.count()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            os.close(self._timer)
+            raise
 
     def take(self, act: Callable[[], None]) -> None:
         """Call it soon; at once, if the thread does not keep up, or was stopped. It should not raise."""

@@ -25,7 +25,10 @@ class NurseryProcess:
     """
 
     def __init__(self) -> None:
-        """Start it. It does nothing but prepare until :meth:`begin`, which takes as long as the server needs to be imported."""
+        """Start it. It does nothing but prepare until :meth:`begin`, which takes as long as the server needs to be imported.
+
+        :raises OSError, StartFailed: nothing is left then.
+        """
         self.others = _children()
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with near, far:
@@ -45,7 +48,12 @@ class NurseryProcess:
                 cwd="/",
             )
             self._control = near.dup()
-        self.undertaker = Undertaker()
+        try:
+            self.undertaker = Undertaker()
+        except RuntimeError as e:
+            self._control.close()
+            self.wait()
+            raise StartFailed(f"this server needs more threads than it may have: {e}") from e
 
     def begin(self, directory: str, groups: Sequence[str], locks: Sequence[int]) -> None:
         """Have it serve. When it ends, after every sandbox, it removes ``directory`` and ``groups``, and lets go of ``locks``.

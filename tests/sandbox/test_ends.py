@@ -23,7 +23,7 @@ from cells import zygotes
 from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
 
 from slotpool.errors import IsolationUnavailable, StartFailed
-from slotpool.sandbox import cgroups, confine, linux, sandboxes
+from slotpool.sandbox import cgroups, confine, killing, linux, sandboxes
 from slotpool.sandbox import host as host_module
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
@@ -144,13 +144,16 @@ def test_of_two_resets_at_once_none_takes_the_lease_for_lost(
         host.close()
 
 
-@pytest.mark.parametrize("named", ["slotpool-end", "slotpool-make"])
-def test_a_server_that_can_not_have_its_threads_says_so(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
-    _no_threads(monkeypatch, named)
-    nursery = NurseryProcess()
+@pytest.mark.parametrize("which", ["undertaker", "warmer", "end", "make", "expiry"])
+def test_a_server_that_can_not_have_its_threads_says_so_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    def there_is() -> set[object]:
+        return {*threading.enumerate(), *killing.children(os.getpid()), *os.listdir("/proc/self/fd")}
+
+    before = there_is()
+    _no_threads(monkeypatch, f"slotpool-{which}")
     with pytest.raises(StartFailed, match="more threads than it may have"):
-        Host(HostConfig(slots=2, isolation="none"), nursery)
-    nursery.wait()
+        Host(HostConfig(slots=2, isolation="none"), NurseryProcess())
+    assert there_is() <= before
 
 
 def test_what_is_given_back_while_the_server_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
