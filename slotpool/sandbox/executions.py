@@ -39,6 +39,11 @@ class Execution:
         return self.result
 
 
+def _strip(failure: RequestFailed) -> None:
+    """Of where it was raised: those frames hold the command and its output."""
+    failure.__cause__ = failure.__context__ = failure.__traceback__ = None
+
+
 def _size(execution: Execution) -> int:
     result = execution.result
     return len(result["stdout"]) + len(result["stderr"]) if result is not None else 0
@@ -94,6 +99,8 @@ class Executions:
 
     def finish(self, execution_id: str, execution: Execution) -> None:
         """Its result or failure is set: wake who waits for it, and forget the content of the oldest ones."""
+        if execution.failure is not None:
+            _strip(execution.failure)
         with self._lock:
             self._finished[execution_id] = execution
             self._kept += _size(execution)

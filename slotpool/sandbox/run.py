@@ -134,4 +134,4 @@ class Run:
         try:
             return self._execution.answer()
         except RequestFailed as e:
-            return e
+            return e.with_traceback(None)  # it is kept, and would keep this with it

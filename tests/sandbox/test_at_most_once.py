@@ -12,8 +12,12 @@ from conftest import Server, StartServer, wait_until
 from proxy import Cut, CuttingProxy
 
 from slotpool.errors import ContainerLost, InvalidRequest, LeaseLost, SlotBroken
+from slotpool.sandbox import protocol
 from slotpool.sandbox.client import SandboxClient
-from slotpool.sandbox.protocol import CallRequest, Lease
+from slotpool.sandbox.host import Host
+from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.protocol import CallRequest, Lease, RequestFailed
+from slotpool.sandbox.tenancies import HostConfig
 
 Through = Callable[[Server, Cut], SandboxClient]
 
@@ -153,6 +157,35 @@ def test_an_old_result_is_dropped_but_its_command_never_runs_again(start_server:
         server.client.execute(lease["slot"], lease["token"], "bash", {"command": "echo run >> runs"}, 20, "the-id")
     assert gone.value.may_have_run
     assert runs(server, lease) == "run\n"
+
+
+def test_a_failure_that_is_kept_keeps_nothing_of_where_it_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*_: object) -> bool:
+        try:
+            raise OSError("why")
+        except OSError as e:
+            raise protocol.processes_lost() from e
+
+    monkeypatch.setattr(Host, "check", check)
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        call: CallRequest = {
+            "slot": lease["slot"],
+            "lease": lease["token"],
+            "execution_id": "x",
+            "tool": "bash",
+            "args": {"command": "true"},
+            "timeout": 20.0,
+        }
+        for _ in range(2):
+            (failure,), afterwards = host.execute([call], 20.0)
+            afterwards()
+            assert isinstance(failure, RequestFailed)
+            assert failure.body["code"] == "slot_broken"
+            assert (failure.__traceback__, failure.__cause__, failure.__context__) == (None, None, None)
+    finally:
+        host.close()
 
 
 def test_a_lease_that_ends_under_a_command_is_told(start_server: StartServer) -> None:
