@@ -198,7 +198,7 @@ class _CopiedReading:
             try:
                 self._transfer.check()
             except RequestFailed as e:
-                log.warning("a file of %s could not be sent to its end: %s", self._transfer.slot, e)
+                log.warning("a file of %s could not be sent to its end: %r", self._transfer.slot, str(e))
                 raise ConnectionAbortedError(str(e)) from e
 
     def close(self) -> None:

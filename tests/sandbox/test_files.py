@@ -14,7 +14,11 @@ import pytest
 from conftest import Server, StartServer
 
 from slotpool.errors import FileError
+from slotpool.sandbox import loan, tools, transfer
+from slotpool.sandbox.host import Host
+from slotpool.sandbox.nursery_process import NurseryProcess
 from slotpool.sandbox.protocol import LEASE_HEADER, Lease
+from slotpool.sandbox.tenancies import HostConfig
 
 LARGE = bytes(range(256)) * 65536  # 16 MiB, more than all buffers on the way; the server writes it itself
 LARGER = LARGE * 2  # a process in the slot does
@@ -90,6 +94,28 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_never_taken_for_whole(s
         answer.read()
     reading.close()
     assert server.client.read_file(lease["slot"], lease["token"], "big") == b""
+
+
+def test_what_a_slot_says_of_its_file_is_in_the_log_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def hostile(*_: object) -> str:
+        raise tools.file_failure(b'[5, "short\\nWARNING all is well"]', "f")
+
+    monkeypatch.setattr(loan, "to_read", lambda *_: None)
+    monkeypatch.setattr(tools, "file_error", hostile)
+    host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
+    try:
+        (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
+        path = Path(lease["workspace"], "f")
+        path.write_bytes(bytes(16 << 20))
+        with contextlib.closing(transfer.read(host, lease["slot"], lease["token"], "f")) as reading:
+            path.write_bytes(b"")
+            with pytest.raises(ConnectionAbortedError):
+                list(reading)
+    finally:
+        host.close()
+    assert r"could not be sent to its end: 'short\nWARNING all is well'" in caplog.text
 
 
 @of_both_sizes
