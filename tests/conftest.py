@@ -146,6 +146,12 @@ class Server:
         self.process.wait(30)
 
 
+def describe_slots(client: SandboxClient) -> list[dict[str, str]]:
+    """What a server tells of each of its slots."""
+    _, told = client._http.json("GET", "/v1/slots", None, 10)
+    return list(told["slots"])
+
+
 def can_run(identity: dict[str, Any]) -> bool:
     """Whether this Python, and slotpool with it, can be run by that user; not if they are in somebody's own directory."""
     check = [sys.executable, "-c", "import slotpool.sandbox.serve"]

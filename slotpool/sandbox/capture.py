@@ -51,11 +51,6 @@ class Output:
         return b"".join(self._tail)[-self._tail_limit :] if self._tail else b""
 
     @property
-    def omitted(self) -> int:
-        """Bytes left out between head and tail."""
-        return self._total - len(self._head) - min(self._tail_size, self._tail_limit)
-
-    @property
     def truncated(self) -> bool:
         return self._total > self._limit
 

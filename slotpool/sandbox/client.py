@@ -60,11 +60,6 @@ class SandboxClient:
 
         return self._dict(self._repeat(ask) if repeat else self._once(ask))
 
-    def slots(self) -> list[dict[str, str]]:
-        """``GET /v1/slots``. Safe to repeat."""
-        found = self._dict(self._repeat(lambda: self._http.json("GET", "/v1/slots", None, _SLACK)))["slots"]
-        return list(found)
-
     def lease(self, owner: str, ttl: float, take: int, release: Sequence[str] = (), wait: float = 0.0) -> LeaseAnswer:
         """``POST /v1/leases``: give leases back, then take up to ``take``. Not repeated once it may have been sent: leases
         whose grant is lost on the way end by themselves after ``ttl`` seconds.

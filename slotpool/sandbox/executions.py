@@ -139,8 +139,3 @@ class Executions:
         if cancel is not None:
             cancel()
         return True
-
-    def pending(self) -> dict[str, Execution]:
-        """Those that have not ended."""
-        with self._lock:
-            return {key: one for key, one in self._known.items() if not one.done}

@@ -17,7 +17,7 @@ from typing import Any
 import attr
 import history
 from checker import violations
-from conftest import ROOT, wait_until
+from conftest import ROOT, describe_slots, wait_until
 from faults import Faults
 from history import History
 from machines import TOKEN, Client, Server, start_client, stepped_clock
@@ -135,8 +135,8 @@ class Run:
                 client.process.wait(PATIENCE + 30)
         for server in self.servers:
             with contextlib.closing(server.direct()) as direct:
-                wait_until(lambda: all(slot["state"] in ("free", "quarantined") for slot in direct.slots()), _CLEAN)
-                self.history.write("slots", server=server.name, wanted=SLOTS, slots=direct.slots())
+                wait_until(lambda: all(slot["state"] in ("free", "quarantined") for slot in describe_slots(direct)), _CLEAN)
+                self.history.write("slots", server=server.name, wanted=SLOTS, slots=describe_slots(direct))
                 self._use_all(server.name, direct)
 
     def _use_all(self, name: str, direct: SandboxClient) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE, ROOT, StartServer
+from conftest import PACKAGE, ROOT, StartServer, describe_slots
 
 from slotpool.errors import FileError, SlotPoolError
 from slotpool.sandbox import cgroups, users
@@ -49,7 +49,7 @@ def test_a_slot_that_a_full_disk_has_put_into_quarantine_comes_back(small_disk: 
                 break
             if counts["free"]:  # it was made ready in advance, or the disk was not full just then
                 server.client.lease("test", 30, 0, [lease["token"] for lease in server.lease()])
-    assert server.client.slots()[0]["why"]
+    assert describe_slots(server.client)[0]["why"]
     shutil.rmtree(fillers)
     (lease,) = server.lease()
     assert server.bash(lease, "echo well")["stdout"] == "well\n"

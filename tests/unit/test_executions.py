@@ -177,7 +177,6 @@ def test_a_running_execution_is_known_however_many_come_after_it() -> None:
     long = begin(executions, "long")
     for i in range(MANY):
         run(executions, str(i))
-    assert executions.pending() == {"long": long}
     again, is_new = executions.begin("long", REQUEST)
     assert (again is long, is_new) == (True, False)
     assert executions.cancel("long")
@@ -212,7 +211,6 @@ def test_what_is_cancelled_before_it_comes_never_runs_and_nobody_waits_for_it() 
     execution, is_new = executions.begin("x", REQUEST)
     assert not is_new
     assert execution.done
-    assert executions.pending() == {}
     with pytest.raises(RequestFailed):
         execution.answer()
 
@@ -223,14 +221,6 @@ def test_what_is_cancelled_before_it_comes_is_not_said_to_have_run() -> None:
     error = refusal(executions.begin("x", REQUEST)[0])
     assert not error.may_have_run  # type: ignore[attr-defined]
     assert "has run" not in str(error)
-
-
-def test_pending_are_those_that_have_not_ended() -> None:
-    executions = Executions()
-    running = begin(executions, "a")
-    run(executions, "b")
-    executions.cancel("c")
-    assert executions.pending() == {"a": running}
 
 
 def test_leases_do_not_know_each_others_executions() -> None:
