@@ -129,6 +129,8 @@ class SandboxClient:
             while True:
                 status, body, repeated = self._repeat(ask, runs=runs)
                 if status != 202:
+                    # Of what runs, slot_broken tells itself whether it has begun; the others tell of the request.
+                    runs = runs and status != protocol.STATUS["slot_broken"]
                     result: Any = self._dict((status, body, repeated or runs))
                     logs.execution(log, call, result, self.address)
                     return result  # type: ignore[no-any-return]
@@ -161,7 +163,7 @@ class SandboxClient:
         deadline = time.monotonic() + max(call["timeout"] for call in calls) + _ENDING + _SLACK
         found: list[Any] = [None] * len(calls)
         open_: list[int] = list(range(len(calls)))
-        running: set[int] = set()  # of them, as the server has told
+        running: set[int] = set()  # of them, as the server told last
         for call in calls:
             logs.execution(log, call, None, self.address)
 
@@ -180,8 +182,10 @@ class SandboxClient:
                 anew = False
                 for i, answer in zip(open_, answers):
                     if isinstance(answer.get("error"), dict):  # a result's own "error" is a string
-                        failure = found[i] = protocol.to_exception(0, answer, repeated or i in running)
-                        if answer["error"].get("code") in _TRIED_AGAIN and not _may_have_run(failure) and retries[i]:
+                        code = answer["error"].get("code")
+                        runs = i in running and code != "slot_broken"  # see _execute()
+                        failure = found[i] = protocol.to_exception(0, answer, repeated or runs)
+                        if code in _TRIED_AGAIN and not _may_have_run(failure) and retries[i]:
                             retries[i] -= 1
                             logs.execution(log, calls[i], failure, self.address)
                             calls[i]["execution_id"] = new_execution_id()
@@ -190,12 +194,10 @@ class SandboxClient:
                                 found[i] = None
                                 anew = True
                                 deadline = max(deadline, time.monotonic() + calls[i]["timeout"] + _ENDING + _SLACK)
-                    elif "running" in answer:
-                        running.add(i)
-                    else:
+                    elif "running" not in answer:
                         found[i] = answer
+                running = {i for i, answer in zip(open_, answers) if "running" in answer}
                 open_ = [i for i in open_ if found[i] is None]
-                running.intersection_update(open_)
                 if open_ and not anew:
                     pause()
         except SlotPoolError as e:

@@ -618,6 +618,16 @@ def test_so_may_a_call_of_a_batch(tmp_path: Path, end: tuple[int, object] | None
     assert not never.may_have_run
 
 
+def test_what_the_server_has_said_to_run_has_not_if_it_tells_so_and_is_tried_again() -> None:
+    broken = {"error": {"code": "slot_broken", "message": "the waiting shell was killed", "may_have_run": False}}
+    well: Any = {"stdout": "well"}
+    single = [saying(202, RUNNING), saying(502, broken), saying(200, well)]
+    batch = [saying(200, {"results": [one]}) for one in (RUNNING, broken, well)]
+    with serving(answering(*single, *batch)) as (_, transport), client_of(transport) as client:
+        assert client.execute("slot_0", "lease", "bash", {"command": "true"}, 5.0) == well
+        assert client.batch([call("a")]) == [well]
+
+
 @pytest.mark.parametrize("code", ["slot_broken", "overloaded"])
 def test_a_call_of_a_batch_that_has_not_run_is_tried_twice_more_under_other_ids(code: str) -> None:
     asked: list[list[str]] = []
