@@ -1,7 +1,8 @@
-"""The pool's executor: work whose result nobody waits for, and whose failure must not go unseen."""
+"""The pool's executors: work whose result nobody waits for, and whose failure must not go unseen."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,32 +10,37 @@ from typing import Any, Callable
 
 log = logging.getLogger(__name__)
 
-_WORKERS = 32
-
 
 class Background:
     """A ``ThreadPoolExecutor`` that logs what fails. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(_WORKERS, "slotpool")
+    def __init__(self, workers: int, name: str) -> None:
+        self._executor = ThreadPoolExecutor(workers, name)
         self._closed = False
 
     def submit(self, act: Callable[..., None], *args: Any) -> None:
         """Call ``act`` some time soon, in another thread. After :meth:`close`, not at all."""
+        run = functools.partial(self._run, threading.Lock(), act, args)
         try:
-            self._executor.submit(self._run, act, args)
+            self._executor.submit(run)
         except RuntimeError:
             if not self._closed:  # the main thread has ended, which ends executors, but others may use the pool yet
-                self._run_apart(act, args)
-
-    def _run_apart(self, act: Callable[..., None], args: tuple[Any, ...]) -> None:
-        try:
-            threading.Thread(target=self._run, args=(act, args), name="slotpool-late", daemon=True).start()
-        except RuntimeError:  # the interpreter is going down
-            log.debug("not done any more: %s", act)
+                self._run_apart(run)
 
     @staticmethod
-    def _run(act: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def _run_apart(run: Callable[[], None]) -> None:
+        try:
+            threading.Thread(target=run, name="slotpool-late", daemon=True).start()
+        except RuntimeError:  # the interpreter is going down; or there can be no more threads now, see _run()
+            log.debug("no thread for %s", run)
+
+    @staticmethod
+    def _run(once: threading.Lock, act: Callable[..., None], args: tuple[Any, ...]) -> None:
+        """
+        :param once: taken by who does it. An executor that finds no thread for it says so, and keeps it for those it has.
+        """
+        if not once.acquire(blocking=False):
+            return
         try:
             act(*args)
         except Exception:

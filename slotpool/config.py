@@ -18,6 +18,18 @@ BACKENDS = ("local", "static", "nomad")
 DRIVERS = ("docker", "podman", "exec", "raw_exec", "apptainer")
 ISOLATIONS = ("auto", "bwrap", "user", "none")
 
+# What standing servers have of their own, by the options of `slotpool serve`.
+_OF_SERVERS = (
+    "max_output",
+    "max_processes",
+    "max_memory",
+    "max_cpus",
+    "max_written",
+    "max_disk",
+    "readonly_paths",
+    "state_dir",
+)
+
 _Validator = Callable[[Any, "attr.Attribute[Any]", Any], None]
 
 
@@ -135,7 +147,8 @@ class SlotPoolConfig:
     :ivar backend: where containers come from: ``local`` (server processes on this machine), ``static`` (the standing servers in
         ``servers``), ``nomad``. Default: ``static`` if ``servers`` is given, ``nomad`` if an address is given or the variable
         ``NOMAD_ADDR`` is set, else ``local``.
-    :ivar servers: addresses of standing servers, ``http://host:port`` or ``unix:///path``.
+    :ivar servers: addresses of standing servers, ``http://host:port``, ``https://host:port`` or ``unix:///path``. What limits
+        their slots is theirs to say (``slotpool serve``): it is an error to give it here.
     :ivar token: bearer token of those servers. Default: the variable ``SLOTPOOL_TOKEN``.
     :ivar cacert: file of the certificates (PEM) by which those of standing servers at ``https`` addresses are checked. Default:
         the variable ``SLOTPOOL_CACERT``, else the system's.
@@ -154,7 +167,8 @@ class SlotPoolConfig:
         three times in a ``lease_ttl``.
     :ivar scale_cooldown: pause after a scaling that was refused.
     :ivar scale_down_after: containers that demand does not need any more are ended after this time.
-    :ivar isolation: ``auto`` (the strongest that works, never ``none``), ``bwrap``, ``user`` or ``none``.
+    :ivar isolation: ``auto`` (the strongest that works, never ``none``), ``bwrap``, ``user`` or ``none``. Servers, or a job,
+        that stand already and have another are refused.
     :ivar network: whether slots can reach the network. Default: the isolation's own, which is no network for ``bwrap``;
         the other modes can't keep a slot off it.
     :ivar max_output: bytes kept of a command's stdout, and of its stderr.
@@ -279,6 +293,10 @@ class SlotPoolConfig:
             raise ConfigError("servers", 'at least one address for backend="static"', shown(self.servers))
         if self.servers and self.backend != "static":
             raise ConfigError("backend", '"static", as servers are given', shown(self.backend))
+        for name in _OF_SERVERS if self.servers else ():
+            value, default = getattr(self, name), attr.fields_dict(type(self))[name].default
+            if value != default:
+                raise ConfigError(name, f"{default!r}, as standing servers have their own (slotpool serve)", shown(value))
 
     @classmethod
     def make(cls, settings: Mapping[str, Any]) -> SlotPoolConfig:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import ContainerRefused
+from .errors import ContainerRefused, IsolationUnavailable
 from .fleet import Member
 from .sandbox.client import SandboxClient
 from .tenure import Tenure
@@ -36,10 +36,12 @@ class Container:
         self.leased_by_others = 0  # slots that other pools have leased, as far as is known
         self.info: dict[str, Any] = {}
 
-    def introduce(self, info: dict[str, Any]) -> None:
+    def introduce(self, info: dict[str, Any], isolation: str = "auto") -> None:
         """Take in what its server says of itself.
 
+        :param isolation: what its slots must have; any will do if that is ``auto``.
         :raises ContainerRefused: it is not the one that was meant.
+        :raises IsolationUnavailable: it has another isolation.
         """
         if self.member.name and info.get("name") != self.member.name:
             who = repr(info.get("name"))
@@ -48,6 +50,8 @@ class Container:
         self.size = self.capacity = int(info.get("slots", 0))
         if self.size < 1:
             raise ContainerRefused(f"{self.address} did not tell how many slots it has; is the token right?")
+        if isolation not in ("auto", info.get("isolation")):
+            raise IsolationUnavailable(f"isolation: expected {isolation}, got {info.get('isolation')} at {self.address}")
 
     def told(self, answer: Mapping[str, Any]) -> bool:
         """Take in what comes with an answer; whether it is news. The pool's lock is held."""

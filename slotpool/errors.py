@@ -57,7 +57,9 @@ class StartFailed(SlotPoolError):
 
 
 class IsolationUnavailable(StartFailed):
-    """The isolation asked for does not work on this machine; the message says what to install."""
+    """The isolation asked for does not work on this machine, and the message says what to install; or a container that stood
+    already has another.
+    """
 
 
 class ImageUnavailable(StartFailed):

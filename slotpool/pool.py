@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_WORKERS, _RENEWERS = 24, 12  # threads at most
 _SIDE_BY_SIDE = 16  # containers that leases are given back to at once, when the pool stops
 _UNCLAIMED = 5.0  # seconds after which a lease that was handed out, and reached nobody, is given back
 
@@ -67,13 +68,15 @@ class SlotPool:
         self._pid = os.getpid()
         self._state = "new"  # then started, then stopped; guarded by the supply's lock
         self._fleet = _fleet_of(self.config)
-        self._background = Background()
+        self._background = Background(_WORKERS, "slotpool")
+        # Apart, so that containers which don't answer, or not soon, keep none of the others' leases from being renewed.
+        self._renewals = Background(_RENEWERS, "slotpool-renewal")
         self._supply = Supply(self.config, f"{socket.gethostname()}:{self._pid}:{secrets.token_hex(4)}", self._background)
-        self._upkeep = Upkeep(self.config, self._fleet, self._supply, self._background)
+        self._upkeep = Upkeep(self.config, self._fleet, self._supply, self._background, self._renewals)
         # Three renewals in a time to live, so that two may be lost.
         period = min(self.config.health_check_interval, self.config.lease_ttl / 3)
         self._health = HealthThread(
-            self._tend, period, functools.partial(_clean_up, self._fleet, self._supply, self._background)
+            self._tend, period, functools.partial(_clean_up, self._fleet, self._supply, (self._background, self._renewals))
         )
         self._supply.later = self._health.call
         self._upkeep.later = self._health.call
@@ -143,6 +146,7 @@ class SlotPool:
         finally:
             self._upkeep.sync()  # wakes a start() that waits for containers
             self._background.close()
+            self._renewals.close()
             for container in containers:
                 container.client.close()
             _open_pools.discard(self)
@@ -478,12 +482,13 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
     return NomadFleet(config)
 
 
-def _clean_up(fleet: Fleet, supply: Supply, background: Background) -> None:
+def _clean_up(fleet: Fleet, supply: Supply, executors: Iterable[Background]) -> None:
     """A pool was collected without having been stopped. Leases that it has had expire."""
     log.warning("a pool was dropped without being stopped")
     supply.close()
     fleet.stop(False)
-    background.close()
+    for executor in executors:
+        executor.close()
     for container in supply.containers.values():
         container.client.close()
 

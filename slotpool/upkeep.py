@@ -12,7 +12,7 @@ from typing import Callable
 from .background import Background
 from .config import SlotPoolConfig
 from .container import Container
-from .errors import ContainerRefused, PlacementFailed, SlotPoolError, StartFailed
+from .errors import ContainerRefused, IsolationUnavailable, PlacementFailed, SlotPoolError, StartFailed
 from .fleet import Fleet, Member
 from .resizing import CORDON, Resizer
 from .sandbox.protocol import RenewAnswer
@@ -22,7 +22,7 @@ from .tenure import Tenure
 log = logging.getLogger(__name__)
 
 # Seconds for a new container to say who it is: few at first, as packets to one that is being set up are lost, and what waits
-# for their repetition would learn a second late that it answers.
+# for their repetition would learn a second late that it answers. A standing server has the last from the beginning.
 _HEALTH_LIMITS = (0.25,) * 10 + (1.0,) * 10 + (5.0,)
 _QUICK = 0.1  # seconds between two times that it is asked, as often as _PATIENCE says
 _PATIENCE = 100
@@ -39,11 +39,14 @@ class Upkeep:
     Methods that begin with an underscore expect the supply's lock to be held, unless they say otherwise.
     """
 
-    def __init__(self, config: SlotPoolConfig, fleet: Fleet, supply: Supply, background: Background) -> None:
+    def __init__(
+        self, config: SlotPoolConfig, fleet: Fleet, supply: Supply, background: Background, renewals: Background
+    ) -> None:
         self._config = config
         self._fleet = fleet
         self._supply = supply
         self._background = background
+        self._renewals = renewals
         self._scales = config.backend != "static"
         # Guarded by the supply's lock:
         self._no_worn_before = 0.0  # no container is given up for its slots' state
@@ -73,6 +76,8 @@ class Upkeep:
                     failure = None  # what lacks room is another pool's wish
                 if failure is None and not self._scales and self._asked_in_vain.issuperset(self._members):
                     failure = self._supply.trouble  # nobody starts them, and others may be there
+                if failure is None and self._scales and isinstance(self._supply.trouble, IsolationUnavailable):
+                    failure = self._supply.trouble  # the job was taken as it is
                 left = deadline - time.monotonic()
                 if failure is not None or left <= 0 or not self._supply.open:
                     failure = failure or self._supply.trouble
@@ -108,8 +113,9 @@ class Upkeep:
         """Ask a new container who it is, and take it in. Without the lock."""
         container = Container(member, self._config.slots_per_container)
         failure: Exception | None = None
+        limit = _HEALTH_LIMITS[min(attempt, len(_HEALTH_LIMITS) - 1) if self._scales else -1]
         try:
-            container.introduce(container.client.health(_HEALTH_LIMITS[min(attempt, len(_HEALTH_LIMITS) - 1)], repeat=False))
+            container.introduce(container.client.health(limit, repeat=False), self._config.isolation)
         except Exception as e:  # it is not known what answers there
             failure = e
         with self._supply.lock:
@@ -121,7 +127,7 @@ class Upkeep:
             if admitted:
                 self._supply.add(container)
                 self._supply.refill()
-            elif attempt >= _TELLING or not self._scales or isinstance(failure, ContainerRefused):
+            elif attempt >= _TELLING or not self._scales or isinstance(failure, (ContainerRefused, IsolationUnavailable)):
                 self._supply.trouble = failure
             if failure is None or not self._supply.open or attempt >= _HOPELESS:
                 self._admitting.discard(member.id)
@@ -172,7 +178,7 @@ class Upkeep:
                 container.exhausted = False
                 if not container.checking:
                     container.checking = True
-                    self._background.submit(self._check, container)
+                    self._renewals.submit(self._check, container)
             self._resizer.decide_shrink()
         self.sync()  # one that could not be admitted is tried again, one that is missing is replaced
         with self._supply.lock:
@@ -243,8 +249,8 @@ class Upkeep:
         """Without the lock."""
         try:
             if not self._supply.close_at_server(container, CORDON):
-                container.closed_until = 0.0
                 with self._supply.lock:
+                    container.closed_until = 0.0
                     self._supply.changed()
                 return
         except SlotPoolError as e:

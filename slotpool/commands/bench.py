@@ -80,5 +80,4 @@ def _on_job(args: argparse.Namespace) -> dict[str, object]:
     if config.prefetch < _SLOTS:
         raise ConfigError("prefetch", f"at least {_SLOTS}, which are measured", str(config.prefetch))
     with job.pool_on_job(args, config) as pool:
-        job.require_isolation(pool, config.isolation)
         return {**bench.report(pool, bench.run(pool, args.rounds)), "job": config.job_id}

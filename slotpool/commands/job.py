@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..config import SlotPoolConfig
-from ..errors import NomadError, SlotPoolError
+from ..errors import NomadError
 
 if TYPE_CHECKING:
     from ..fleet.nomad.client import NomadClient
@@ -62,12 +62,3 @@ def pool_on_job(args: argparse.Namespace, config: SlotPoolConfig) -> Iterator[Sl
         finally:
             if not stood:
                 say_left(args, client, config.job_id)
-
-
-def require_isolation(pool: SlotPool, isolation: str) -> None:
-    """
-    :raises SlotPoolError: the job has containers with another isolation than the one asked for.
-    """
-    others = [found for found in pool.get_stats()["isolation"] if found != isolation]
-    if isolation != "auto" and others:
-        raise SlotPoolError(f"isolation: expected {isolation}, got job {pool.config.job_id} with {', '.join(others)}")

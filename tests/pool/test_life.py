@@ -272,6 +272,46 @@ def test_a_pool_is_the_same_in_a_copy_of_what_uses_it_and_can_not_be_sent_elsewh
     assert pickle.loads(pickle.dumps(pool.config)) == pool.config
 
 
+def test_a_standing_server_may_take_a_moment_to_answer(start_server: StartServer) -> None:
+    server = start_server("bwrap", slots=1)
+    server.process.send_signal(signal.SIGSTOP)
+    later = threading.Timer(0.6, server.process.send_signal, (signal.SIGCONT,))
+    later.start()
+    with SlotPool(servers=[server.address], token=server.token) as pool, pool.slot() as s:
+        assert s.bash("echo well").stdout == "well\n"
+    later.join()
+
+
+def test_standing_servers_of_another_isolation_are_refused(start_server: StartServer) -> None:
+    weak, strong = start_server("none", slots=1), start_server("bwrap", slots=1)
+    settings: dict[str, Any] = {"token": weak.token, "isolation": "bwrap"}
+    with pytest.raises(IsolationUnavailable, match=f"isolation: expected bwrap, got none at {weak.address}"):
+        SlotPool(servers=[weak.address], **settings).start()
+    with SlotPool(servers=[weak.address, strong.address], **settings) as pool, pool.slot() as s:
+        assert s.container_addr == strong.address
+        assert pool.total_slots == 1
+
+
+def test_containers_that_hang_keep_no_others_leases_from_being_renewed() -> None:
+    go_on = threading.Event()
+
+    def hang() -> None:
+        go_on.wait(60)
+
+    with SlotPool(slots_per_container=1, max_containers=1, lease_ttl=3) as pool:
+        s = pool.acquire()
+        for _ in range(100):
+            pool._background.submit(hang)
+        container = s._tenure.container
+        try:
+            for _ in range(3):
+                last = container.answered_at
+                assert wait_until(lambda: container.answered_at > last)  # noqa: B023
+            assert s.bash("echo well").stdout == "well\n"
+        finally:
+            go_on.set()
+
+
 def test_two_pools_share_a_standing_server(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=3)
     settings: dict[str, Any] = {"servers": [server.address], "token": server.token, "lease_ttl": 2}

@@ -232,6 +232,26 @@ def test_fewer_containers_at_most_than_at_least_are_refused() -> None:
     assert caught.value.field == "max_containers"
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_output", 10),
+        ("max_processes", 100),
+        ("max_memory", 64),
+        ("max_cpus", 1),
+        ("max_written", 10),
+        ("max_disk", 10),
+        ("readonly_paths", ["/opt"]),
+        ("state_dir", "/x"),
+    ],
+)
+def test_what_standing_servers_have_of_their_own_is_not_given_to_a_pool(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="standing servers have their own") as caught:
+        config_of(servers="http://a:1", **{field: value})
+    assert caught.value.field == field
+    assert config_of(backend="local", **{field: value})
+
+
 def test_servers_go_with_the_static_backend_alone() -> None:
     with pytest.raises(ConfigError) as caught:
         config_of(backend="static")
