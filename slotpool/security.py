@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import urllib.parse
 import warnings
 
@@ -31,7 +32,8 @@ def _dangers(config: SlotPoolConfig) -> list[str]:
     if config.token is not None:
         hosts = {host: None for host in map(_reached_in_clear, config.servers) if host}
         found += [f"servers: the token goes to {host} unencrypted; use https (slotpool serve --tls-cert)" for host in hosts]
-    if config.backend == "nomad" and (config.nomad_token or config.nomad_http_auth):
+    secrets = config.nomad_token or os.environ.get("NOMAD_TOKEN"), config.nomad_http_auth or os.environ.get("NOMAD_HTTP_AUTH")
+    if config.backend == "nomad" and any(secrets):
         host = _reached_in_clear(config.nomad_address or "")
         found += [f"nomad_address: Nomad's token goes to {host} unencrypted; use https"] if host else []
     return found

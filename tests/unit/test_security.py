@@ -57,6 +57,13 @@ def test_what_is_safe_is_not(settings: dict[str, Any]) -> None:
         SlotPool(**settings)
 
 
+@pytest.mark.parametrize("variable", ["NOMAD_TOKEN", "NOMAD_HTTP_AUTH"])
+def test_a_token_of_the_environment_is_in_danger_too(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, f"user:{TOKEN}")
+    with pytest.warns(SecurityWarning, match=r"nomad\.example unencrypted"):
+        SlotPool(nomad_address="http://nomad.example:4646")
+
+
 def test_the_command_line_says_it_in_a_line() -> None:
     command = [sys.executable, "-m", "slotpool", "exec", "--isolation", "none", "--", "echo well"]
     done = subprocess.run(command, cwd="/", env={"PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False)
