@@ -42,12 +42,13 @@ class SlotMagics(Magics):
 
         A pool's slot is kept from cell to cell, and so are its files and background processes; not `cd` and variables. It
         goes back with --new, with the pool, and with the kernel. If it is lost, the cell that meets this raises LeaseLost,
-        and the one after it begins in a clean slot. Interrupting the kernel ends what the cell has started, and keeps the slot.
+        and what comes after it begins in a clean slot. Interrupting the kernel ends what the cell has started, and keeps the
+        slot.
         """
         args = parse_argstring(self.slot, line)
         if args.out is not None and not args.out.isidentifier():
             raise UsageError(f"--out: expected a variable's name, got {shown(args.out)}")
-        slot = self._slot(args)
+        slot = self._slot(args, is_told=cell is not None)
         if cell is None:
             return slot
         try:
@@ -63,8 +64,11 @@ class SlotMagics(Magics):
             raise CommandFailed(result)
         return result if args.out is None else None
 
-    def _slot(self, args: argparse.Namespace) -> Slot:
-        """The one to use: given, kept or taken now."""
+    def _slot(self, args: argparse.Namespace, is_told: bool) -> Slot:
+        """The one to use: given, kept or taken now.
+
+        :param is_told: using it tells if it was lost.
+        """
         where = self._names.get(args.where) if args.where is not None else self._own_pool()
         if isinstance(where, Slot):
             if args.new or args.network is not None:
@@ -73,7 +77,8 @@ class SlotMagics(Magics):
         if not isinstance(where, SlotPool):
             raise UsageError(f"expected a variable with a SlotPool or a Slot, got {args.where}, which is {shown(where)}")
         kept = self._kept.get(where)
-        if kept is not None and (args.new or kept.state is SlotState.RELEASING):
+        unusable = (SlotState.RELEASING,) if is_told else (SlotState.RELEASING, SlotState.ERROR)
+        if kept is not None and (args.new or kept.state in unusable):
             self._forget(kept)
             kept = None
         if kept is None:

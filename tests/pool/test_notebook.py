@@ -80,6 +80,15 @@ def test_interrupting_the_kernel_ends_the_command_and_keeps_the_slot(notebook: N
     assert text_of(notebook.run("print(after.stdout)")) == "file\n0\n\n"
 
 
+def test_what_the_line_gives_is_no_lost_slot(notebook: Notebook) -> None:
+    notebook.run("s = %slot pool")
+    notebook.run("s._tenure.container.client.lease('somebody else', 30, 0, [s._tenure.token])")
+    (lost,) = notebook.run("s.bash('true')")
+    assert lost.ename == "LeaseLost"
+    (said,) = notebook.run("s = %slot pool\nprint(s.bash('echo well').stdout)")
+    assert said.text == "well\n\n"
+
+
 def test_a_lost_slot_is_told_of_before_another_takes_its_place(notebook: Notebook) -> None:
     notebook.run("losing = %slot pool --new\nlosing.write_file('file', '')")
     ended = notebook.run("for c in pool._supply.containers.values(): c.client.lease('x', 30, 0, [losing._tenure.token])")
