@@ -235,8 +235,8 @@ def _rate(acts: Sequence[Callable[[], object]]) -> float:
 
 def _memory(pool: SlotPool) -> Figure:
     """The proportional set size of what slots are made of: their sandboxes, zygotes and waiting shells."""
-    while pool.get_stats()["slots_ready"] < _AT_ONCE:  # the last ones are being cleaned
-        time.sleep(0.05)
+    for slot in [pool.acquire() for _ in range(_AT_ONCE)]:  # the last ones are being cleaned
+        slot.release()
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

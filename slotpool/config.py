@@ -153,8 +153,8 @@ class SlotPoolConfig:
     :ivar cacert: file of the certificates (PEM) by which those of standing servers at ``https`` addresses are checked. Default:
         the variable ``SLOTPOOL_CACERT``, else the system's.
     :ivar slots_per_container: slots of each container.
-    :ivar min_containers: containers that are always there; :meth:`SlotPool.start` waits for them. With 0 the first
-        ``acquire`` starts one.
+    :ivar min_containers: containers that are always there; :meth:`SlotPool.start` waits for them, or for one of ``servers``.
+        With 0 the first ``acquire`` starts one.
     :ivar max_containers: containers that demand can bring about.
     :ivar acquire_timeout: how long :meth:`SlotPool.acquire` waits unless told otherwise.
     :ivar start_timeout: how long :meth:`SlotPool.start` waits for ``min_containers``.
@@ -191,7 +191,7 @@ class SlotPoolConfig:
     :ivar job_id: the Nomad job with the containers; pools with the same one share it.
     :ivar datacenter: name or names of datacenters.
     :ivar driver: ``docker``, ``podman``, ``exec`` and ``raw_exec`` (the server on the node itself), or ``apptainer``.
-    :ivar image: of the containers. With the tag ``local`` it is never pulled, but built where it is missing.
+    :ivar image: of the containers. With the tag ``local`` it is never pulled, but with Docker built where it is missing.
     :ivar server_command: what runs ``slotpool serve`` on a node or in the image. Default: the image's entry point; for ``exec``
         and ``raw_exec`` this interpreter; for ``apptainer`` ``python3``.
     :ivar cpu, memory: of a container, in MHz and MB.

@@ -88,7 +88,7 @@ class SlotEnv(gymnasium.Env[str, str]):
         says how much was left out.
     :param max_action_length: characters of an action.
     :param render_mode: ``"ansi"`` makes :meth:`render` give text.
-    :raises InvalidRequest: an argument can't be used.
+    :raises InvalidRequest: an argument can't be used; of what the pool's ``acquire`` is given, :meth:`reset` finds that out.
     """
 
     # The second is asked for wherever something can be rendered, though text has none.
@@ -198,7 +198,7 @@ class SlotEnv(gymnasium.Env[str, str]):
         :param options: handed to :meth:`set_up`.
         :returns: the first observation, and the info: ``steps``, which is 0.
         :raises AcquireTimeout, PoolClosed, SetupFailed: as :meth:`.SlotPool.acquire`.
-        :raises StartFailed: as :meth:`.SlotPool.start`, if the pool is the environment's own.
+        :raises StartFailed, NomadError: as :meth:`.SlotPool.start`, if the pool is the environment's own.
         :raises SlotError: one slot after the other was lost amid the set-up.
         """
         super().reset(seed=seed)

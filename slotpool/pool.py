@@ -95,7 +95,10 @@ class SlotPool:
         """Start the fleet and wait for ``min_containers``; a no-op if it is started. If that takes more than a moment, a
         line says so at terminals and in notebooks.
 
-        :raises IsolationUnavailable, StartFailed: what was started is ended again.
+        :raises IsolationUnavailable, StartFailed: what was started is ended again. What is lacking decides whether another pool
+            fares better; the job of a cluster may stand.
+        :raises NomadError: the cluster refuses, or does not answer; so too.
+        :raises ConfigError: a variable ``NOMAD_*`` can't be used.
         :raises PoolClosed: it was stopped; make a new one.
         """
         with self._supply.lock:
@@ -118,7 +121,7 @@ class SlotPool:
         with self._supply.lock:
             count = len(self._supply.containers)
         told = self._fleet.describe().replace("\n", "; ")
-        return f"starting containers: {count} of {max(1, self.config.min_containers)} ({told})"
+        return f"starting containers: {count} of {max(1, self._upkeep.needed)} ({told})"
 
     def stop(self, purge_job: bool = False) -> None:
         """End everything: waiters get :class:`PoolClosed`, held slots are lost, leases are given back, local servers ended.
@@ -207,6 +210,7 @@ class SlotPool:
         :raises PoolClosed: the pool isn't started, or was stopped meanwhile.
         :raises InvalidRequest: the isolation can't keep a slot off the network, or an argument can't be used.
         :raises SetupFailed: a step of the setup failed; the slot has been given back.
+        :raises SlotError: the slot was lost as it was given the network that is wanted. Safe to try again.
         """
         if not isinstance(network, (bool, type(None))):
             raise InvalidRequest("network", "True, False or None", shown(network))
@@ -314,7 +318,7 @@ class SlotPool:
         failed = True
         try:
             with slot._tenure.use() as client:
-                result = client.execute(slot.slot_id, slot._tenure.token, tool, args, limit)
+                result = client.execute(slot.slot_id, slot._tenure.token, tool, dict(args), limit)
             failed = False
         finally:
             self._count(1, failed)
@@ -337,11 +341,12 @@ class SlotPool:
             if not isinstance(call, tuple) or len(call) != 3:
                 raise InvalidRequest("calls", "tuples (slot, tool, args)", shown(call))
             self._check_call(*call)
+            entry = batch.entry(*call, limit)
             try:
-                json.dumps(call[2])
+                json.dumps(entry[1]["args"])
             except (TypeError, ValueError) as e:
                 raise InvalidRequest("args", "what JSON can express", f"{shown(call[2])}: {e}") from e
-            entries.append(batch.entry(*call, limit))
+            entries.append(entry)
         results = batch.run(entries)
         self._count(len(results), sum("exception" in result.metadata for result in results))
         return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Union
 
 from .errors import CommandFailed, InvalidRequest, SetupFailed, shown
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # A bash command, or something that is called with the slot.
 Step = Union[str, Callable[["Slot"], Any]]
-Steps = Union[Step, Iterable[Step]]
+Steps = Union[Step, Sequence[Step]]
 
 
 def as_steps(given: Any) -> Any:

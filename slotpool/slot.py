@@ -211,8 +211,10 @@ class Slot:
         """
         args: dict[str, Any] = {"command": command}
         if cwd is not None:
-            args["cwd"] = os.fspath(cwd)
+            args["cwd"] = _path(cwd, "cwd")
         if env is not None:
+            if not isinstance(env, Mapping):
+                raise InvalidRequest("env", "a mapping of names to strings, or None", shown(env))
             args["env"] = dict(env)
         if stdin is not None:
             args["stdin"] = stdin.decode("utf-8", "surrogateescape") if isinstance(stdin, bytes) else stdin
@@ -243,7 +245,10 @@ class Slot:
         """
         if not isinstance(content, (str, bytes, bytearray, memoryview)):
             raise InvalidRequest("content", "str or bytes", shown(content))
-        data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else bytes(content)
+        try:
+            data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else bytes(content)
+        except UnicodeEncodeError as e:
+            raise InvalidRequest("content", "text that can be UTF-8", str(e)) from e
         limit = self._pool.config.max_file_size
         if len(data) > limit:
             raise InvalidRequest("content", f"at most max_file_size, {limit} bytes", f"{len(data)} bytes")
@@ -297,9 +302,9 @@ class Slot:
         return f"<Slot {self.slot_id} of {self.alloc_id}, {self.state.value}>"
 
 
-def _path(path: object) -> str:
+def _path(path: object, field: str = "path") -> str:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
     if not isinstance(path, str):
-        raise InvalidRequest("path", "a path as str", shown(path))
+        raise InvalidRequest(field, "a path as str", shown(path))
     return path

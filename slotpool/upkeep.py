@@ -59,13 +59,18 @@ class Upkeep:
         self._resizer = Resizer(config, fleet, supply, background, self._changed)
         supply.demand_changed = self._resizer.decide_grow
 
+    @property
+    def needed(self) -> int:
+        """Containers that must be there for a pool to have started."""
+        return self._config.min_containers if self._scales else 1
+
     def start(self) -> None:
         """Start the fleet and wait for the containers that must be there.
 
         :raises StartFailed: they are not there in time, or can't be started.
         """
         self._fleet.start(self._config.min_containers, self.sync)
-        needed = self._config.min_containers if self._scales else 1
+        needed = self.needed
         deadline = time.monotonic() + self._config.start_timeout
         while True:
             with self._changed:

@@ -141,7 +141,10 @@ class LocalFleet:
 
     def start(self, wanted: int, on_change: Callable[[], None]) -> None:
         self._notify = on_change
-        self.grow(wanted)
+        try:
+            self.grow(wanted)
+        except (OSError, RuntimeError) as e:  # no more processes, descriptors or threads can be had
+            raise StartFailed(f"a server could not be started on this machine: {e}") from e
 
     def members(self) -> Sequence[Member]:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -88,6 +89,14 @@ def test_files(pool: SlotPool) -> None:
         assert error.value.errno == 2
 
 
+def test_any_mapping_does_for_arguments(pool: SlotPool) -> None:
+    with pool.slot() as s:
+        assert pool.execute(s, "bash", MappingProxyType({"command": "echo well"})).stdout == "well\n"
+        (result,) = pool.execute_batch([(s, "bash", MappingProxyType({"command": "echo well"}))])
+        assert result.stdout == "well\n"
+        assert s.bash('echo "$A"', env=MappingProxyType({"A": "b"})).stdout == "b\n"
+
+
 @pytest.mark.parametrize(
     ("call", "field"),
     [
@@ -97,12 +106,16 @@ def test_files(pool: SlotPool) -> None:
         (lambda p, s: s.bash("true", timeout="5"), "timeout"),
         (lambda p, s: s.bash("true", timeout=float("nan")), "timeout"),
         (lambda p, s: s.bash("true", cwd="../../nowhere"), "cwd"),
+        (lambda p, s: s.bash("true", cwd=5), "cwd"),
         (lambda p, s: s.bash("true", env={"1": "x"}), "env"),
+        (lambda p, s: s.bash("true", env="abc"), "env"),
+        (lambda p, s: s.bash("true", env=5), "env"),
         (lambda p, s: s.write_file("../up", "x"), "path"),
         (lambda p, s: s.write_file("/etc/passwd", "x"), "path"),
         (lambda p, s: s.write_file("a\0b", "x"), "path"),
         (lambda p, s: s.write_file(3, "x"), "path"),
         (lambda p, s: s.write_file("x", 3), "content"),
+        (lambda p, s: s.write_file("x", "\ud800"), "content"),
         (lambda p, s: s.write_file("x", b"x" * (p.config.max_file_size + 1)), "content"),
         (lambda p, s: s.read_file("/etc/passwd"), "path"),
         (lambda p, s: p.execute(s, 5, {}), "tool"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import pickle
 import signal
@@ -270,6 +271,15 @@ def test_a_pool_is_the_same_in_a_copy_of_what_uses_it_and_can_not_be_sent_elsewh
         with pytest.raises(TypeError, match=r"SlotPool can't be pickled, .*; pickle its config"):
             send(pool)
     assert pickle.loads(pickle.dumps(pool.config)) == pool.config
+
+
+def test_where_no_process_can_be_had_a_pool_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(StartFailed, match=r"could not be started on this machine.*temporarily unavailable"):
+        SlotPool(backend="local").start()
 
 
 def test_a_standing_server_may_take_a_moment_to_answer(start_server: StartServer) -> None:
