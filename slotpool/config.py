@@ -298,6 +298,22 @@ class SlotPoolConfig:
             if value != default:
                 raise ConfigError(name, f"{default!r}, as standing servers have their own (slotpool serve)", shown(value))
 
+    def of_server(self) -> dict[str, Any]:
+        """What a server on this machine is given, see :class:`.HostConfig`."""
+        return {
+            "slots": self.slots_per_container,
+            "isolation": self.isolation,
+            "max_output": self.max_output,
+            "max_file": self.max_file_size,
+            "max_processes": self.max_processes,
+            "max_memory": self.max_memory and self.max_memory << 20,
+            "max_cpus": self.max_cpus,
+            "max_written": self.max_written,
+            "max_disk": self.max_disk and self.max_disk << 20,
+            "readonly_paths": self.readonly_paths,
+            "state_dir": self.state_dir,
+        }
+
     @classmethod
     def make(cls, settings: Mapping[str, Any]) -> SlotPoolConfig:
         """The configuration with those fields.

@@ -467,21 +467,7 @@ def _fleet_of(config: SlotPoolConfig) -> Fleet:
     if config.backend == "static":
         return StaticFleet(config.servers, config.token, config.cacert)
     if config.backend == "local":
-        return LocalFleet(
-            {
-                "slots": config.slots_per_container,
-                "isolation": config.isolation,
-                "max_output": config.max_output,
-                "max_file": config.max_file_size,
-                "max_processes": config.max_processes,
-                "max_memory": config.max_memory and config.max_memory << 20,
-                "max_cpus": config.max_cpus,
-                "max_written": config.max_written,
-                "max_disk": config.max_disk and config.max_disk << 20,
-                "readonly_paths": config.readonly_paths,
-                "state_dir": config.state_dir,
-            }
-        )
+        return LocalFleet(config.of_server())
     from .fleet.nomad.fleet import NomadFleet  # and with it requests, which takes a while to import
 
     return NomadFleet(config)

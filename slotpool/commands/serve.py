@@ -73,20 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise SlotPoolError(f"port: expected a number from 0 to 65535, got {args.port}")
     if args.tls_key is not None and args.tls_cert is None:
         raise SlotPoolError("tls-key: expected a certificate beside it, with --tls-cert, got none")
-    host = HostConfig(
-        name=args.name,
-        slots=checked.slots_per_container,
-        isolation=checked.isolation,
-        max_output=checked.max_output,
-        max_file=checked.max_file_size,
-        max_processes=checked.max_processes,
-        max_memory=checked.max_memory and checked.max_memory << 20,
-        max_cpus=checked.max_cpus,
-        max_written=checked.max_written,
-        max_disk=checked.max_disk and checked.max_disk << 20,
-        readonly_paths=checked.readonly_paths,
-        state_dir=checked.state_dir,
-    )
+    host = HostConfig(name=args.name, **checked.of_server())
     config = ServeConfig(host, args.host, args.port, checked.token, tls_cert=args.tls_cert, tls_key=args.tls_key)
     serve(config, lambda address: print(address, flush=True))
     return 0
