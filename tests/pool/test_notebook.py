@@ -63,6 +63,17 @@ def test_options_are_checked(notebook: Notebook) -> None:
     assert "timed out" in shown.data["text/html"]
 
 
+def test_a_slot_with_network_is_taken_where_it_is_asked_for(notebook: Notebook) -> None:
+    if "bwrap" not in text_of(notebook.run("print(pool.get_stats()['isolation'])")):
+        pytest.skip("without bubblewrap every slot has network")
+    for option, has_network in (("", False), (" --network", True), (" --no-network", False)):
+        notebook.run(f"%%slot pool --new --out where{option}\nreadlink /proc/self/ns/net")
+        shown = text_of(notebook.run("print(where.stdout.strip(), where.metadata['network'])"))
+        namespace, told = shown.split()
+        assert (namespace == os.readlink("/proc/self/ns/net"), told) == (has_network, str(has_network)), option
+        assert notebook.run(f"%%slot pool --out again{option}\nls") == [], "the slot that is kept is as it was asked for"
+
+
 def test_interrupting_the_kernel_ends_the_command_and_keeps_the_slot(notebook: Notebook) -> None:
     notebook.run("%%slot pool --new --out _\ntouch file")
 
