@@ -43,6 +43,18 @@ def test_exec_tells_what_went_wrong() -> None:
     assert slotpool("nonsense").returncode == 2
 
 
+def test_verbose_tells_of_containers_and_more_so_of_each_lease_and_execution() -> None:
+    told = [slotpool(*options, "exec", "--", "echo", "out") for options in ((), ("-v",), ("-vv",))]
+    assert [done.stdout for done in told] == [b"out\n"] * 3
+    for said, in_whom in (
+        (b"INFO slotpool.upkeep: ", [False, True, True]),
+        (b"has come, with 1 slots", [False, True, True]),
+        (b"DEBUG slotpool.pool: slot_0, lease ", [False, False, True]),
+        (b"(bash) ended with exit code 0", [False, False, True]),
+    ):
+        assert [said in done.stderr for done in told] == in_whom, said
+
+
 @pytest.mark.parametrize("opened", ["", "3</dev/null", "3</dev/null 4</dev/null"])
 def test_serve_serves_a_pool_until_interrupted(opened: str) -> None:
     env = {**os.environ, "PYTHONPATH": PACKAGE, "SLOTPOOL_TOKEN": "a-token"}
