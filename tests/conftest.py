@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import attr
+import hypothesis.configuration
 import pytest
 
 from slotpool import SlotPool
@@ -67,6 +68,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 SESSION = tempfile.mkdtemp(prefix="slotpool-test-")
 os.chmod(SESSION, 0o1777)
 os.environ["TMPDIR"] = tempfile.tempdir = SESSION
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "slotpool", deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("slotpool")
+hypothesis.configuration.set_hypothesis_home_dir(f"{SESSION}/hypothesis")
 
 
 def slotpool_processes() -> list[str]:

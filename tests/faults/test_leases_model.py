@@ -227,5 +227,5 @@ class LeaseModel(RuleBasedStateMachine):
         assert self.table.next_expiry() == min((one.until for one in self.held), default=None)
 
 
-LeaseModel.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, database=None)
+LeaseModel.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestLeaseModel = LeaseModel.TestCase

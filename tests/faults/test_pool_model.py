@@ -281,5 +281,5 @@ class SupplyModel(RuleBasedStateMachine):
             assert not known & {*self.servers[name].leased.values()}
 
 
-SupplyModel.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None, database=None)
+SupplyModel.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestSupplyModel = SupplyModel.TestCase

@@ -39,8 +39,6 @@ def fuzz(part: float) -> settings:
     """For that part of all inputs."""
     return settings(
         max_examples=max(1, round(INPUTS * part)),
-        deadline=None,
-        database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )

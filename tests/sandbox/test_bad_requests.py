@@ -214,7 +214,7 @@ _JSON = st.recursive(
 _FIELDS = "owner ttl take release wait tokens execution_id tool args timeout calls slot lease network command".split()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     route=st.sampled_from("leases leases/renew batch slots/slot_0/execute slots/slot_0/cancel slots/slot_0/reset".split()),
     body=st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=6) | _JSON,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from slotpool.sandbox import linux, sandboxes, zygote
 from slotpool.sandbox.capture import Driver, Job, Output
 
-FEW = settings(max_examples=200, deadline=None, database=None)
+FEW = settings(max_examples=200)
 GAP = re.compile(r"\n\[\.\.\. (\d+) bytes left out \.\.\.\]\n")
 LIMITS = st.integers(0, 40)
 

@@ -333,7 +333,7 @@ JUNK = st.one_of(
 
 @given(values=st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3))
 @example(values={"servers": "http://host:80", "nomad_address": "http://host:4646"})
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200)
 def test_whatever_is_given_it_is_a_config_or_a_config_error(values: dict[str, Any]) -> None:
     field = ""
     try:

@@ -253,7 +253,7 @@ class LeasesAgainstModel(RuleBasedStateMachine):
         assert self.table.next_expiry() == min((row.expires for row in self.model.values() if row.token), default=None)
 
 
-LeasesAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, database=None)
+LeasesAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestLeasesAgainstModel = LeasesAgainstModel.TestCase
 
 

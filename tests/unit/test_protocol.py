@@ -149,7 +149,7 @@ JSON = st.recursive(
 KEYS = st.sampled_from(["code", "message", "field", "expected", "got", "errno", "path", "may_have_run"])
 
 
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=300)
 @given(
     error=st.one_of(JSON, st.dictionaries(KEYS, st.one_of(JSON, st.sampled_from(sorted(CODES))), max_size=4)),
     sent=st.booleans(),

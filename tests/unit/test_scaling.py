@@ -35,7 +35,7 @@ SCALERS = st.builds(
     st.integers(1, 10),
     st.integers(0, 60),
 )
-FEW = settings(max_examples=150, deadline=None, database=None)
+FEW = settings(max_examples=150)
 
 
 def needed(scaler: Wants, leased: int, waiting: int) -> int:

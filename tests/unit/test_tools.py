@@ -25,7 +25,7 @@ from slotpool.sandbox.protocol import ErrorBody, RequestFailed
 
 SETTING = tools.Setting("/workspace", "bwrap", network=False, max_output=50_000, max_file=1000)
 ENV = {"PATH": os.defpath, "LANG": "C.UTF-8"}
-FEW = settings(max_examples=60, deadline=None, database=None)
+FEW = settings(max_examples=60)
 
 
 def refused(name: object, args: object, setting: tools.Setting = SETTING) -> ErrorBody:
