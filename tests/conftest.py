@@ -96,6 +96,15 @@ def servers() -> list[int]:
     return [int(line.split(":")[0]) for line in slotpool_processes() if "-m slotpool.sandbox" in line]
 
 
+OURS = f".{os.getpid()}"  # what a sleep of this run's adds to its seconds, to be told from another run's
+
+
+def sleepers(seconds: str) -> int:
+    """How many processes, in slots too, run ``sleep`` with so many seconds, a regular expression, and OURS behind."""
+    counted = subprocess.run(["pgrep", "-c", "-f", f"^sleep {seconds}{OURS}$"], capture_output=True, check=False)
+    return int(counted.stdout)
+
+
 def state_directories() -> list[str]:
     return sorted(str(path) for path in Path(SESSION).glob("*slotpool-*"))
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import docutils.core
 import docutils.nodes
 import pytest
-from conftest import servers, wait_until
+from conftest import OURS, servers, sleepers, wait_until
 from notebooks import Notebook, text_of
 
 from slotpool import SlotPool
@@ -45,16 +44,12 @@ def test_jupyter_blocks_run_in_a_notebook_and_leave_nothing_when_its_kernel_ends
         assert len(servers()) == 2
         assert notebook.run("%unload_ext slotpool") == []
         assert len(servers()) == 1  # that of its own pool
-        notebook.run("mine.bash('sleep 1022 & echo')")
-        assert any("sleep 1022" in line for line in all_processes())
+        notebook.run(f"mine.bash('sleep 1022{OURS} & echo')")
+        assert sleepers("1022") == 1
     assert "42" in shown[1][-1].data["text/html"]
     assert "&lt;script&gt;" in shown[-1][-1].data["text/html"]
-    assert wait_until(lambda: not any("sleep 1022" in line for line in all_processes()))
+    assert wait_until(lambda: sleepers("1022") == 0)
     assert servers() == []
-
-
-def all_processes() -> list[str]:
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_every_statistic_is_explained(pool: SlotPool) -> None:

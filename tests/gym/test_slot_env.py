@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import servers, wait_until
+from conftest import OURS, servers, sleepers, wait_until
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from slotpool import ExecutionResult, InvalidRequest, Slot, SlotPool, SlotPoolConfig
@@ -82,9 +81,9 @@ def test_every_episode_begins_in_a_clean_slot(pool: SlotPool) -> None:
             env.reset()
             slots.append(env.slot.slot_id)
             assert env.step("cat made; ls; pgrep -c sleep")[0] == "once\nmade\n0\n[exit code 1]\n"
-            env.step("echo junk >> made; touch junk; setsid sleep 1020 & disown")
+            env.step(f"echo junk >> made; touch junk; setsid sleep 1020{OURS} & disown")
     assert len(slots) > len(set(slots)), "one has been used again"
-    assert wait_until(lambda: subprocess.run(["pgrep", "-f", "^sleep 1020$"], check=False).returncode == 1)
+    assert wait_until(lambda: sleepers("1020") == 0)
 
 
 def test_a_task_sets_up_observes_rewards_and_ends(pool: SlotPool) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE, wait_until
+from conftest import OURS, PACKAGE, sleepers, wait_until
 
 from slotpool import SlotPool
 from slotpool.errors import PoolClosed
@@ -28,7 +28,7 @@ def test_ctrl_c_in_a_script_ends_the_command_and_gives_the_slot_back() -> None:
         "    try:\n"
         "        with pool.slot() as s:\n"
         "            print('ready', flush=True)\n"
-        "            s.bash('touch f; sleep 1010', timeout=2000)\n"
+        f"            s.bash('touch f; sleep 1010{OURS}', timeout=2000)\n"
         "    except KeyboardInterrupt:\n"
         "        print('interrupted', flush=True)\n"
         "    with pool.slot(timeout=30) as s:\n"
@@ -44,8 +44,7 @@ def test_ctrl_c_in_a_script_ends_the_command_and_gives_the_slot_back() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    asleep = ["pgrep", "-f", "^sleep 1010$"]
-    assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).returncode == 0)
+    assert wait_until(lambda: sleepers("1010"))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == (b"interrupted\n0\n\n", b"", 0)
@@ -77,7 +76,7 @@ def test_interrupting_a_jupyter_cell(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     cells = [
         "from slotpool import SlotPool\npool = SlotPool(slots_per_container=1, max_containers=1).start()",
-        "with pool.slot() as s:\n    s.bash('touch f; sleep 1011', timeout=2000)",
+        f"with pool.slot() as s:\n    s.bash('touch f; sleep 1011{OURS}', timeout=2000)",
         "with pool.slot(timeout=30) as s:\n    print(s.bash('ls -A; pgrep -c sleep; echo well').stdout)",
         "pool.stop()",
     ]
@@ -89,7 +88,7 @@ def test_interrupting_a_jupyter_cell(tmp_path: Path, monkeypatch: pytest.MonkeyP
             await client.async_execute_cell(notebook.cells[0], 0)
             running = asyncio.ensure_future(client.async_execute_cell(notebook.cells[1], 1))
             deadline = time.monotonic() + 30
-            while subprocess.run(["pgrep", "-f", "^sleep 1011$"], capture_output=True, check=False).returncode:
+            while not sleepers("1011"):
                 assert time.monotonic() < deadline, "the command did not start"
                 await asyncio.sleep(0.05)
             await client.km.interrupt_kernel()
@@ -107,16 +106,15 @@ def test_ctrl_c_during_a_batch_in_two_containers_ends_all_of_it() -> None:
     with SlotPool(slots_per_container=1, max_containers=2) as pool:
         slots = [pool.acquire(timeout=60) for _ in range(2)]
         assert len({s.alloc_id for s in slots}) == 2
-        asleep = ["pgrep", "-c", "-f", "^sleep 1014$"]
 
         def interrupt() -> None:
-            assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).stdout == b"2\n")
+            assert wait_until(lambda: sleepers("1014") == 2)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            pool.execute_batch([(s, "bash", {"command": "sleep 1014"}) for s in slots], timeout=2000)
+            pool.execute_batch([(s, "bash", {"command": f"sleep 1014{OURS}"}) for s in slots], timeout=2000)
         thread.join()
         assert [s.bash("pgrep -c sleep").stdout for s in slots] == ["0\n", "0\n"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, StartServer, servers, slotpool_processes, state_directories, wait_until
+from conftest import OURS, PACKAGE, StartServer, servers, sleepers, slotpool_processes, state_directories, wait_until
 from proxy import Proxy
 
 from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
@@ -185,17 +185,17 @@ def test_nothing_outlives_a_killed_parent(isolation: str) -> None:
         "from slotpool import SlotPool\n"
         f"pool = SlotPool(slots_per_container=2, isolation={isolation!r}).start()\n"
         "s = pool.acquire()\n"
-        "s.bash('setsid sleep 1008 & disown')\n"
+        f"s.bash('setsid sleep 1008{OURS} & disown')\n"
         "print('ready', flush=True)\n"
-        "s.bash('sleep 1009', timeout=2000)\n"
+        f"s.bash('sleep 1009{OURS}', timeout=2000)\n"
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"ready\n"
+    assert wait_until(lambda: sleepers("100[89]") == 2)
     parent.kill()
     parent.communicate()
-    sleeping = ["pgrep", "-f", "^sleep 100[89]$"]
     assert wait_until(lambda: set(slotpool_processes()) <= before[0] and state_directories() == before[1])
-    assert wait_until(lambda: subprocess.run(sleeping, capture_output=True, check=False).returncode == 1)
+    assert wait_until(lambda: sleepers("100[89]") == 0)
 
 
 def test_a_script_that_ends_without_stopping_leaves_nothing() -> None:

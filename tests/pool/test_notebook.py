@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE, wait_until
+from conftest import OURS, PACKAGE, sleepers, wait_until
 from notebooks import Notebook, text_of
 
 
@@ -78,13 +78,12 @@ def test_interrupting_the_kernel_ends_the_command_and_keeps_the_slot(notebook: N
     notebook.run("%%slot pool --new --out _\ntouch file")
 
     def interrupt() -> None:
-        asleep = ["pgrep", "-f", "^sleep 1021$"]
-        assert wait_until(lambda: subprocess.run(asleep, capture_output=True, check=False).returncode == 0, 30)
+        assert wait_until(lambda: sleepers("1021"), 30)
         notebook.interrupt()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    (error,) = notebook.run("%%slot pool --timeout 2000\nsleep 1021")
+    (error,) = notebook.run(f"%%slot pool --timeout 2000\nsleep 1021{OURS}")
     thread.join()
     assert error.ename == "KeyboardInterrupt"
     notebook.run("%%slot pool --out after\nls; pgrep -c sleep")

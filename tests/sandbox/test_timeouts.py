@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import threading
 import time
 
 import pytest
-from conftest import MODES, PACKAGE, StartServer
+from conftest import MODES, OURS, PACKAGE, StartServer
 
 from slotpool import CommandFailed, SlotPool
 
-OURS = f".{os.getpid()}"  # mode none sees all that sleeps on the machine
 TREE = f"setsid sleep 101{OURS} & (sleep 102{OURS} &) ; (ulimit -m 1000; sleep 103{OURS}) & echo hi; sleep 104{OURS}"
 COUNT = f"pgrep -u $(id -u) -f '^sleep 10[0-9]{OURS}$' | wc -l"
 
