@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -66,7 +67,8 @@ def test_a_token_of_the_environment_is_in_danger_too(monkeypatch: pytest.MonkeyP
 
 def test_the_command_line_says_it_in_a_line() -> None:
     command = [sys.executable, "-m", "slotpool", "exec", "--isolation", "none", "--", "echo well"]
-    done = subprocess.run(command, cwd="/", env={"PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": PACKAGE}
+    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("well\n", 0)
     (line,) = done.stderr.splitlines()
     assert line.startswith('slotpool: isolation="none": ')
