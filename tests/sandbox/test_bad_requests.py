@@ -175,7 +175,7 @@ def small_disk() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("mode", ["bwrap", "user"])
-def test_a_full_disk_is_told_and_leaves_the_old_content(start_server: StartServer, small_disk: str, mode: str) -> None:
+def test_a_full_disk_is_told_and_leaves_the_old_content(small_disk: str, start_server: StartServer, mode: str) -> None:
     server = start_server(mode, slots=2, state_dir=small_disk)
     lease, other = server.lease(2)
     slot, token = lease["slot"], lease["token"]
@@ -189,7 +189,6 @@ def test_a_full_disk_is_told_and_leaves_the_old_content(start_server: StartServe
     assert server.bash(other, "echo well")["stdout"] == "well\n"
     server.client.lease("test", 30, 0, release=[token])
     assert server.free(1), "the cleaning makes room again"
-    server.stop()
 
 
 def test_a_client_that_sends_half_a_request_holds_nothing_up(start_server: StartServer) -> None:
