@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import os
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +18,7 @@ from fake_nomad import FakeNomad
 
 import slotpool
 from slotpool import Slot, SlotPool
-from slotpool.fleet.nomad import image
 
-IMAGE = "slotpool-test-nomad:local"
-BASE = "python:3.11-slim"
 PACKAGE = str(Path(slotpool.__file__).resolve().parents[1])
 
 _serial = itertools.count()
@@ -146,15 +142,3 @@ def docker() -> None:
     why_not = why_no_docker()
     if why_not:
         pytest.skip(why_not)
-
-
-@pytest.fixture(scope="session")
-def built() -> Iterator[str]:
-    """The image, from this checkout."""
-    if why_no_docker():
-        pytest.skip(why_no_docker())
-    if not image.exists(BASE):
-        pytest.skip(f"there is no image {BASE} here, and none is pulled")
-    image.build(IMAGE)
-    yield IMAGE
-    subprocess.run(["docker", "image", "rm", "-f", IMAGE], check=True, capture_output=True)

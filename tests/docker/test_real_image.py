@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -15,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from arena import docker
 from conftest import PACKAGE, wait_until
 
 from slotpool import SlotPool
-from slotpool.fleet.nomad import image as images
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -26,41 +25,10 @@ TOKEN = "SLOTPOOL_TEST_container_token"
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def docker(*args: str, check: bool = True) -> str:
-    done = subprocess.run(["docker", *args], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0 or not check, f"docker {args}: {done.stderr}"
-    return done.stdout.strip()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _engine() -> None:
-    if shutil.which("docker") is None:
-        pytest.skip("there is no docker command")
-    info = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=60, check=False)
-    if info.returncode != 0:
-        pytest.skip(f"docker info fails: {info.stderr.strip()[-200:]}")
-    base = re.search(r"^ARG BASE=(\S+)", (CHECKOUT / "docker" / "Dockerfile").read_text(), re.MULTILINE)
-    assert base is not None
-    if not images.exists(base.group(1)):
-        pytest.skip(f"the base image {base.group(1)} is not here, and tests don't pull")
-
-
 @pytest.fixture(scope="module")
-def image(_engine: None) -> Iterator[str]:
-    """The image as a checkout makes it."""
-    name = f"slotpool-test-{secrets.token_hex(4)}:local"
-    try:
-        images.ensure(name)
-        assert images.exists(name)
-        yield name
-    finally:
-        docker("image", "rm", "-f", name, check=False)
-
-
-@pytest.fixture(scope="module")
-def container(image: str) -> Iterator[str]:
+def container(sandbox_image: str) -> Iterator[str]:
     """The id of a container that runs the image."""
-    started = docker("run", "-d", "-e", f"SLOTPOOL_TOKEN={TOKEN}", "-p", "127.0.0.1::8080", image)
+    started = docker("run", "-d", "-e", f"SLOTPOOL_TOKEN={TOKEN}", "-p", "127.0.0.1::8080", sandbox_image)
     try:
         assert wait_until(lambda: docker("logs", started) == "http://0.0.0.0:8080", 30), docker("logs", started)
         yield started
@@ -119,18 +87,20 @@ def test_a_slot_sees_nothing_of_the_server_s(contained: SlotPool) -> None:
         assert "No module named 'attr'" in told.stderr
 
 
-def test_a_container_without_a_token_does_not_start(image: str) -> None:
+def test_a_container_without_a_token_does_not_start(sandbox_image: str) -> None:
     name = f"slotpool-test-{secrets.token_hex(4)}"
     try:
-        done = subprocess.run(["docker", "run", "--name", name, image], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["docker", "run", "--name", name, sandbox_image], capture_output=True, text=True, timeout=60, check=False
+        )
     finally:
         docker("rm", "-f", "-v", name, check=False)
     assert done.returncode == 125
     assert "without a token" in done.stderr
 
 
-def test_a_container_stops_at_once_when_told(image: str) -> None:
-    started = docker("run", "-d", "-e", f"SLOTPOOL_TOKEN={TOKEN}", image, "--host", "0.0.0.0", "--slots", "2")
+def test_a_container_stops_at_once_when_told(sandbox_image: str) -> None:
+    started = docker("run", "-d", "-e", f"SLOTPOOL_TOKEN={TOKEN}", sandbox_image, "--host", "0.0.0.0", "--slots", "2")
     try:
         assert wait_until(lambda: "http://" in docker("logs", started), 30)
         begun = time.monotonic()
@@ -141,13 +111,14 @@ def test_a_container_stops_at_once_when_told(image: str) -> None:
         docker("rm", "-f", "-v", started)
 
 
-def test_the_image_has_all_the_code(image: str) -> None:
-    found = docker("run", "--rm", "--entrypoint", "sh", image, "-c", "cd /opt/slotpool/slotpool && find . -name '*.py'")
+def test_the_image_has_all_the_code(sandbox_image: str) -> None:
+    names = "cd /opt/slotpool/slotpool && find . -name '*.py'"
+    found = docker("run", "--rm", "--entrypoint", "sh", sandbox_image, "-c", names)
     package = Path(PACKAGE, "slotpool")
     assert set(found.split()) == {f"./{path.relative_to(package)}" for path in package.rglob("*.py")}
 
 
-def test_an_installed_package_builds_it_too(image: str, tmp_path: Path) -> None:
+def test_an_installed_package_builds_it_too(sandbox_image: str, tmp_path: Path) -> None:
     source, environment = tmp_path / "source", tmp_path / "venv"
     shutil.copytree(
         CHECKOUT, source, ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__", "tests")

@@ -121,10 +121,10 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nomad]:
         service.wait()
 
 
-def test_podman(podman: Nomad, docker: None, built: str) -> None:
+def test_podman(podman: Nomad, docker: None, sandbox_image: str) -> None:
     require(podman, "podman")
-    name = f"localhost/{built}"
-    with subprocess.Popen(["docker", "save", built], stdout=subprocess.PIPE) as saved:
+    name = f"localhost/{sandbox_image}"
+    with subprocess.Popen(["docker", "save", sandbox_image], stdout=subprocess.PIPE) as saved:
         subprocess.run(["podman", "load", "-q"], stdin=saved.stdout, check=True, capture_output=True)
     assert saved.returncode == 0
     try:
@@ -133,9 +133,9 @@ def test_podman(podman: Nomad, docker: None, built: str) -> None:
         subprocess.run(["podman", "image", "rm", "-f", name], check=True, capture_output=True)
 
 
-def test_apptainer(real: Nomad, docker: None, built: str, tmp_path: Path) -> None:
+def test_apptainer(real: Nomad, docker: None, sandbox_image: str, tmp_path: Path) -> None:
     if shutil.which("apptainer") is None:
         pytest.skip("apptainer is not installed")
     image = str(tmp_path / "image.sif")
-    subprocess.run(["apptainer", "-q", "build", image, f"docker-daemon://{built}"], check=True, capture_output=True)
+    subprocess.run(["apptainer", "-q", "build", image, f"docker-daemon://{sandbox_image}"], check=True, capture_output=True)
     does_the_main_job(real, driver="apptainer", image=image)

@@ -35,9 +35,9 @@ def lost(slot: Slot) -> None:
 
 
 @pytest.fixture
-def contained(docker: None, real: Nomad, built: str) -> dict[str, Any]:
+def contained(docker: None, real: Nomad, sandbox_image: str) -> dict[str, Any]:
     """Settings of a pool whose containers are Docker's."""
-    return real.settings(driver="docker", image=built, memory=128, env={})
+    return real.settings(driver="docker", image=sandbox_image, memory=128, env={})
 
 
 def test_docker_containers_isolate_by_user_and_are_unprivileged(contained: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ def test_one_to_five_to_one_with_leases_held_throughout(real: Nomad) -> None:
         assert first.bash("cat file; pgrep -c sleep").stdout == "kept\n1\n"
 
 
-def test_the_readmes_code_runs(docker: None, agent: Agent, built: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_code_runs(docker: None, agent: Agent, sandbox_image: str, capsys: pytest.CaptureFixture[str]) -> None:
     section = README.partition(":class: nomad")[2].partition("**Sharing.**")[0]
     code = textwrap.dedent(section).replace("http://127.0.0.1:4646", agent.address)
     assert agent.address in code
@@ -173,7 +173,7 @@ def test_the_readmes_code_runs(docker: None, agent: Agent, built: str, capsys: p
         """With an image that this test has built."""
 
         def __init__(self, **settings: Any) -> None:
-            super().__init__(image=built, **settings)
+            super().__init__(image=sandbox_image, **settings)
 
     exec(compile(code, "README.rst", "exec"), {"SlotPool": Pool})
     assert capsys.readouterr().out not in ("", "0\n")
