@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from arena import serving
 from conftest import PACKAGE
 
-from slotpool import SlotPool
+from slotpool import SlotPool, SlotPoolError
+from slotpool.sandbox.client import SandboxClient
 
 
 def slotpool(*args: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
@@ -82,6 +86,23 @@ def test_serve_serves_a_pool_until_interrupted(opened: str) -> None:
     _, err = server.communicate(timeout=30)
     assert server.returncode == 0
     assert b"a-token" not in err
+
+
+def test_serve_has_the_token_of_a_file_and_workspaces_where_it_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("another-token\n")
+    with contextlib.ExitStack() as stack:
+        state = stack.enter_context(tempfile.TemporaryDirectory())  # a shorter path than tmp_path, for sockets in it
+        options = ["--slots=3", f"--token-file={file}", f"--state-dir={state}", "--name=mine"]
+        server = stack.enter_context(serving("none", *options))
+        with pytest.raises(SlotPoolError, match="token"):  # that of the environment
+            server.client.health()
+        client = stack.enter_context(contextlib.closing(SandboxClient(server.address, "another-token")))
+        assert client.health()["name"] == "mine"
+        pool = stack.enter_context(SlotPool(servers=server.address, token="another-token"))
+        assert pool.total_slots == 3
+        with pool.slot() as s:
+            assert Path(s.workspace_dir).is_relative_to(state)
 
 
 def test_serve_says_that_it_has_no_token_and_stays_on_loopback() -> None:
