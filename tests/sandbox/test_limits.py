@@ -98,7 +98,7 @@ for n in range(400):
 def test_memory(start_server: StartServer, mode: str) -> None:
     server = start_server(mode, max_memory=MEMORY)
     one, other = server.lease(2)
-    assert limits(server)["memory"] in ("cgroup v1", "cgroup v2") if in_groups(mode) else "rlimit"
+    assert limits(server)["memory"] in (("cgroup v1", "cgroup v2") if in_groups(mode) else ("rlimit",))
     result = python(server, one, ALLOCATE)
     assert result["exit_code"] != 0
     assert 10 < len(result["stdout"].splitlines()) < MEMORY >> 20
