@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from conftest import wait_until
 
 from slotpool.errors import SlotPoolError
 from slotpool.sandbox.executions import Execution, Executions
@@ -112,12 +113,13 @@ def test_who_joins_is_woken_by_the_end() -> None:
 
     def join() -> None:
         joined, _ = executions.begin("x", REQUEST)
-        assert executions.wait(joined, 30)
+        assert executions.wait(joined, threading.TIMEOUT_MAX)
         answers.append(joined.answer()["stdout"])
 
-    threads = [threading.Thread(target=join) for _ in range(3)]
+    threads = [threading.Thread(target=join, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
+    assert wait_until(lambda: executions._waiting == 3)
     execution.result = result("done")
     executions.finish("x", execution)
     for thread in threads:
