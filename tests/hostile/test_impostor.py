@@ -71,6 +71,7 @@ class Impostor(Zygote):
     def attack(self, text, fds, sock):
         found = re.search(rb"HOSTILE-(\w+)", text)
         if found:
+            open("attacked", "w").close()
             getattr(self, found[1].decode())(fds, sock, self._control)
             os._exit(0)
 
@@ -333,6 +334,7 @@ def test_a_call_of_an_impostors_that_sends_what_is_slow_to_close_ends(arena: Are
     before, _ = arena.held()
     with contextlib.suppress(SlotPoolError):
         arena.server.bash(arena.a, f": HOSTILE-{act}")
+    assert arena.outside("attacked")
     for _ in range(50):  # else what each of them leaves to be closed would wait behind that
         assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
     assert wait_until(lambda: arena.held()[0] < before + 60), arena.held()
@@ -349,7 +351,7 @@ def test_a_call_of_a_silent_impostors_ends(arena: Arena, act: str) -> None:
 def check_call(arena: Arena, act: str) -> None:
     def call() -> None:
         try:  # a result or an error; what it says is the slot's own affair
-            result = arena.server.bash(arena.a, f"echo ran > ran; : HOSTILE-{act}", timeout=0.5)
+            result = arena.server.bash(arena.a, f"echo ran > ran; : HOSTILE-{act}", timeout=1.0)
             assert len(result["stdout"]) + len(result["stderr"]) < 120_000
         except ContainerLost as e:
             raise AssertionError("the server did not answer") from e
@@ -392,6 +394,7 @@ def check(arena: Arena, call: Any) -> None:
     held = [arena.held()]
     while len(held) < 2 or (held[-1] != held[-2] and len(held) < TRIES):
         call()
+        assert arena.outside("attacked")
         assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
         restore(arena)
         held.append(arena.held())
