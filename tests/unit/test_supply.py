@@ -160,16 +160,18 @@ def test_a_container_of_before_is_not_used_beside_the_one_that_has_come_in_its_p
     world.check()
 
 
-def test_a_closed_container_is_used_again_when_its_time_is_up() -> None:
+def test_a_closed_container_is_used_again_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     world = World()
     container = world.add(0)
     with world.supply.lock:
-        world.supply.close_off([container], time.monotonic() + 0.05)
+        world.supply.close_off([container], 2000.0)
     thread, got = world.caller()
     world.work.do_all()
-    assert not got
+    assert not container.client.leased  # type: ignore[attr-defined]
     ((after, act),) = [(after, act) for after, act in world.work.later if act == world.supply._time_is_up]
-    time.sleep(after + 0.01)
+    now += after
     act()
     world.work.do_all()
     thread.join(30)
