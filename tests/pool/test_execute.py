@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from types import MappingProxyType
 from typing import Any
@@ -161,15 +162,13 @@ def test_a_slot_tells_of_itself(pool: SlotPool) -> None:
 
 def test_network_is_off_unless_asked_for(pool: SlotPool) -> None:
     interfaces = "cat /proc/net/dev | tail -n +3 | cut -d: -f1 | tr -d ' \\n'"
-    with pool.slot() as s:
-        result = s.bash(interfaces)
-        assert (result.stdout, s.network, result.metadata["network"]) == ("lo", False, False)
-    with pool.slot(network=True) as s:
-        result = s.bash(interfaces)
-        assert s.network
-        assert result.metadata["network"]
-    with pool.slot() as s:
-        assert not s.network
+    of_this_machine = os.readlink("/proc/self/ns/net")
+    for network in (False, True, False):
+        with pool.slot(network=network or None) as s:
+            namespace = s.bash("readlink -n /proc/self/ns/net")
+            assert (namespace.stdout == of_this_machine, s.network, namespace.metadata["network"]) == (network,) * 3
+            if not network:
+                assert s.bash(interfaces).stdout == "lo"
 
 
 @pytest.mark.filterwarnings("ignore::slotpool.security.SecurityWarning")
