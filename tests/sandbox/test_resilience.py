@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import pytest
 from conftest import MODES, PACKAGE, SESSION, StartServer, wait_until, why_not
 
 from slotpool import SlotPool
-from slotpool.errors import FileError, StartFailed
+from slotpool.errors import FileError, LeaseLost, StartFailed
 from slotpool.sandbox.cell import Cell
 from slotpool.sandbox.isolation import Isolation, Limits, Place
 from slotpool.sandbox.nursery_process import NurseryProcess
-from slotpool.sandbox.protocol import RequestFailed
+from slotpool.sandbox.protocol import Lease, RequestFailed
 from slotpool.sandbox.tenancies import HostConfig, TenancyMaker
 
 
@@ -202,27 +203,25 @@ def test_held_requests_leave_room_for_renewals(start_server: StartServer) -> Non
 
 def test_reset_and_release_at_once_leave_a_usable_slot(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
-    for _ in range(5):
-        (lease,) = server.lease()
-        server.bash(lease, "mkdir d; cd d; touch {1..2000}")
-        threads = [
-            threading.Thread(target=_quietly, args=(server.client.reset, lease["slot"], lease["token"])),
-            threading.Thread(target=server.client.lease, args=("test", 30.0, 0, [lease["token"]])),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert server.free(1)
+    both = threading.Barrier(2)
 
+    def reset(lease: Lease) -> None:
+        both.wait()
+        with contextlib.suppress(LeaseLost):
+            server.client.reset(lease["slot"], lease["token"])
 
-def _quietly(act: Any, *args: Any) -> None:
-    from slotpool import SlotPoolError
+    def release(lease: Lease) -> None:
+        both.wait()
+        server.client.lease("test", 30.0, 0, [lease["token"]])
 
-    try:
-        act(*args)
-    except SlotPoolError:
-        pass
+    (lease,) = server.lease()
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            assert server.bash(lease, "mkdir d; cd d; touch {1..2000}")["exit_code"] == 0
+            for act in [threads.submit(reset, lease), threads.submit(release, lease)]:
+                act.result()
+            (lease,) = server.lease()
+            assert server.bash(lease, "ls -A; echo well")["stdout"] == "well\n"
 
 
 def test_the_callers_directory_umask_and_signal_mask_do_no_harm(tmp_path: Path) -> None:
@@ -288,8 +287,9 @@ def test_slots_that_are_given_back_together_are_all_made_clean(start_server: Sta
     server = start_server("none", slots=8)
     for _ in range(10):
         leases = server.lease(8)
+        for lease in leases:
+            assert server.bash(lease, "ls -A; touch file; ls")["stdout"] == "file\n"
         server.client.lease("test", 30.0, 0, [lease["token"] for lease in leases])
-        assert server.free(8)
 
 
 MAKER = """
