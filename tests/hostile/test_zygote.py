@@ -87,18 +87,30 @@ def test_what_is_told_in_a_shells_name_is_bounded_and_needs_no_trust(standing: S
 
 # Another process in the slot also has the nursery's socket, if it inherits it: what a slot could do with that.
 BE_THE_NURSERY = r"""
-import array
-pidfd = os.pidfd_open(1)
-for n in range(3, 256):
+import select
+pidfd, taken = os.pidfd_open(given), []
+for n in range(256):
     fd = libc.syscall(438, pidfd, n, 0)  # pidfd_getfd
     if fd >= 0 and stat.S_ISSOCK(os.fstat(fd).st_mode):
-        with socket.socket(fileno=fd) as sock, open("orders", "ab", 0) as log:
-            log.write(b"waiting\n")
-            while True:
-                message, control, *_ = sock.recvmsg(1 << 18, socket.CMSG_SPACE(8))
-                if not message:
-                    break
+        taken.append(socket.socket(fileno=fd))
+with open("orders", "ab", 0) as log:
+    log.write(f"tried {n + 1} descriptors of {given}, took {len(taken)} sockets\n".encode())
+    while taken:
+        for sock in select.select(taken, [], [])[0]:
+            message = sock.recv(1 << 18)
+            if message:
                 log.write(b"STOLEN " + message + b"\n")
+            else:
+                taken.remove(sock)
+"""
+
+HOLD_AN_ORDER = r"""
+libc.prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)  # PR_SET_PTRACER, see arena.HOLDER
+ours, theirs = socket.socketpair()
+ours.send(b"an order")
+ours.close()
+open("held", "x").close()
+signal.pause()
 """
 
 
@@ -107,15 +119,21 @@ for n in range(3, 256):
 def test_a_slot_cannot_take_the_servers_orders_for_other_slots(start_server: StartServer, mode: str) -> None:
     server = start_server(mode)
     a, b = server.lease(2)
-    server.client.write_file(a["slot"], a["token"], "thief.py", (LOOK + BE_THE_NURSERY).encode())
-    thieves = f"for i in 1 2 3 4; do {PYTHON} thief.py >/dev/null 2>&1 & done; sleep 1"
-    server.bash(a, thieves, env={"NEEDLE": "x", "GIVEN": "null"})
+    for name, code in (("thief.py", BE_THE_NURSERY), ("holder.py", HOLD_AN_ORDER)):
+        server.client.write_file(a["slot"], a["token"], name, (LOOK + code).encode())
+    env = {"NEEDLE": "x", "GIVEN": "null"}
+    own = f"{PYTHON} holder.py & until [ -e held ]; do sleep 0.05; done; GIVEN=$! {PYTHON} thief.py; kill $!; cat orders"
+    assert "STOLEN an order" in server.bash(a, own, env=env)["stdout"], "the attack does not work"
+    thieves = f"rm orders; for i in 1 2 3 4; do GIVEN=1 {PYTHON} thief.py & done"
+    tried = server.bash(a, f"{thieves}; until [ $(grep -c tried orders) = 4 ]; do sleep 0.05; done", env=env)
+    assert tried["exit_code"] == 0, tried
     for _ in range(5):
         server.client.lease("test", 30.0, 0, [b["token"]])
-        got = server.client.lease("test", 30.0, 1, wait=20)["leases"]
-        assert "STOLEN" not in server.bash(a, "cat orders 2>/dev/null")["stdout"]
-        (b,) = got
+        (b,) = server.lease()
         assert server.bash(b, "echo alive")["stdout"] == "alive\n"
+    orders = server.bash(a, "cat orders")["stdout"]
+    assert orders.count("tried") == 4
+    assert "STOLEN" not in orders
 
 
 @attack("read, trace and take descriptors of the zygote, which has the same user", "denied", docker=True)
