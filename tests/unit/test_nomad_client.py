@@ -9,6 +9,7 @@ import socketserver
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import requests
@@ -108,11 +109,13 @@ def test_a_write_is_repeated_only_if_it_had_no_effect() -> None:
 
 
 def test_a_write_to_where_nobody_listens_is_repeated() -> None:
-    with socket.socket() as sock:
+    request = requests.Session.request
+    with socket.socket() as sock, mock.patch.object(requests.Session, "request", autospec=True, side_effect=request) as sent:
         sock.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    with pytest.raises(NomadUnreachable, match="nomad agent -dev"):
-        NomadClient(Connection.of({"address": address}, environ={})).submit({"ID": "j"})
+        with pytest.raises(NomadUnreachable, match="nomad agent -dev"):
+            NomadClient(Connection.of({"address": address}, environ={})).submit({"ID": "j"})
+    assert sent.call_count == 3
 
 
 @responses.activate
