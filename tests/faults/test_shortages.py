@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import PACKAGE, ROOT, StartServer, describe_slots
 
-from slotpool.errors import FileError, SlotPoolError
+from slotpool.errors import ContainerLost, FileError, SlotPoolError
 from slotpool.sandbox import cgroups, users
 from slotpool.sandbox.client import SandboxClient
 
@@ -123,11 +123,16 @@ def test_a_server_out_of_memory_answers_again_when_there_is_some(start_server: S
     server.bash(lease, "head -c 8000000 /dev/zero >big")
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (used, before[1]))
-    for _ in range(5):
-        with contextlib.suppress(SlotPoolError):
-            server.client.read_file(lease["slot"], lease["token"], "big")
-        with contextlib.suppress(SlotPoolError):
-            SandboxClient(server.address, server.token).health(repeat=False)  # takes a thread, and that a stack
+    refused = 0
+    with contextlib.ExitStack() as clients:
+        for _ in range(10):  # more than there can be stacks of threads that have ended, which are used again
+            client = clients.enter_context(contextlib.closing(SandboxClient(server.address, server.token)))
+            try:
+                client.health(repeat=False)  # takes a thread, and that a stack
+            except ContainerLost:
+                refused += 1
+            assert len(server.client.read_file(lease["slot"], lease["token"], "big")) == 8_000_000  # which is never held whole
+    assert refused
     resource.prlimit(pid, resource.RLIMIT_AS, before)
     assert len(server.client.read_file(lease["slot"], lease["token"], "big")) == 8_000_000
     server.client.lease("test", 30.0, 0, [lease["token"]])
