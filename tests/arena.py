@@ -15,7 +15,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -350,13 +350,16 @@ def contained_server(image: str, *args: str, volume: str = "", memory: str = "")
 
 
 @contextlib.contextmanager
-def serving(mode: str, *args: str) -> Iterator[Server]:
-    """``slotpool serve`` on a port of this machine's loopback."""
+def serving(mode: str, *args: str, general: Sequence[str] = ()) -> Iterator[Server]:
+    """``slotpool serve`` on a port of this machine's loopback.
+
+    :param general: options that all commands have, before this one's.
+    """
     if why_not(mode):
         pytest.skip(why_not(mode))
     token = "SLOTPOOL_TEST_" + "server_token"
     process = subprocess.Popen(
-        [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--isolation", mode, *args],
+        [sys.executable, "-m", "slotpool", *general, "serve", "--port", "0", "--isolation", mode, *args],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": PACKAGE, "SLOTPOOL_TOKEN": token},

@@ -17,6 +17,7 @@ from conftest import PACKAGE, Server
 from slotpool import SlotPool, SlotPoolConfig
 from slotpool.errors import SlotPoolError
 from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.logs import lease_id
 
 
 def shown(server: Server, tokens: list[str]) -> list[str]:
@@ -61,7 +62,7 @@ def shown(server: Server, tokens: list[str]) -> list[str]:
 @attack("the wire: find tokens in the server's log, at its most talkative", "none, neither the server's nor a lease's")
 @pytest.mark.parametrize("mode", ["bwrap", "user"])
 def test_tokens_are_in_no_log_error_process_list_or_slot(mode: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with serving(mode, "--slots", "2") as server:
+    with serving(mode, "--slots", "2", general=["-vv"]) as server:
         (stale,) = server.lease()
         server.client.lease("test", 30.0, 0, [stale["token"]])
         one, other = server.lease(2)
@@ -77,7 +78,7 @@ def test_tokens_are_in_no_log_error_process_list_or_slot(mode: str, capfd: pytes
         (lost,) = server.client.lease("test", 0.1, 1)["leases"] or [stale]  # one that expires, if there is any
         tokens.append(lost["token"])
     log = capfd.readouterr().err
-    assert "serving 2 slots" in log
+    assert f"lease {lease_id(one['token'])}: execution " in log
     assert server.token in own, "the search finds nothing"
     for token in tokens:
         assert token not in log

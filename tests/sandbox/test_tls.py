@@ -31,7 +31,7 @@ class Serving:
         authority.cert_pem.write_to_path(self.cacert)
         both = str(directory / "server.pem")
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(both)
-        words = ["serve", "--port", "0", "--slots", "2", "--tls-cert", both]
+        words = ["-vv", "serve", "--port", "0", "--slots", "2", "--tls-cert", both]
         self.log: list[str] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slotpool", *words],
@@ -164,6 +164,8 @@ def test_tokens_are_in_no_log_no_error_and_no_representation(serving: Serving, c
     wrong = SlotPool(servers=serving.address, token="another-secret", cacert=serving.cacert, start_timeout=1)
     with pytest.raises(SlotPoolError) as refused:
         wrong.start()
+    serving.stop()
     said += [str(refused.value), repr(refused.value), caplog.text, *serving.log]
+    assert any(f"lease {s.lease_id}: execution " in line for line in serving.log)
     for secret in ("a-token", "another-secret", lease):
         assert not [one for one in said if secret in one]
