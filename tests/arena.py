@@ -334,7 +334,6 @@ def contained_server(image: str, *args: str, volume: str = "", memory: str = "")
         [*command, image, *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         env=environment,
     )
     assert process.stdout is not None

@@ -44,13 +44,14 @@ def why_not(mode: str) -> str:
 
 ISOLATED = ["bwrap", "user", "bwrap-as-user"]
 MODES = [*ISOLATED, "none"]
+DEFECT = "this is a defect of slotpool"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What a server, a nursery or this process has logged as a defect fails the test, whatever became of its calls."""
     report = yield
-    if report.passed and any("this is a defect of slotpool" in text for _, text in report.sections):
+    if report.passed and any(DEFECT in text for _, text in report.sections):
         report.outcome = "failed"
         report.longrepr = "expected no defect to be logged, got one: see what was captured"
     return report

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from arena import serving
-from conftest import PACKAGE
+from conftest import DEFECT, PACKAGE
 
 from slotpool import SlotPool, SlotPoolError
 from slotpool.sandbox.client import SandboxClient
@@ -86,6 +86,7 @@ def test_serve_serves_a_pool_until_interrupted(opened: str) -> None:
     _, err = server.communicate(timeout=30)
     assert server.returncode == 0
     assert b"a-token" not in err
+    assert DEFECT.encode() not in err
 
 
 def test_serve_has_the_token_of_a_file_and_workspaces_where_it_is_told(tmp_path: Path) -> None:
@@ -117,6 +118,7 @@ def test_serve_says_that_it_has_no_token_and_stays_on_loopback() -> None:
     server.terminate()
     _, err = server.communicate(timeout=30)
     assert b"without a token" in err
+    assert DEFECT.encode() not in err
 
 
 @pytest.mark.timeout(300)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from conftest import PACKAGE, wait_until
+from conftest import DEFECT, PACKAGE, wait_until
 
 from slotpool import SlotPool
 from slotpool.errors import SlotPoolError
@@ -72,6 +72,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     finally:
         code = started.stop()
     assert code == 0, started.log
+    assert DEFECT not in "".join(started.log)
 
 
 def test_a_pool_that_knows_who_signed_uses_it(serving: Serving) -> None:

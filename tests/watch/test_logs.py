@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import PACKAGE, StartServer, wait_until
+from conftest import DEFECT, PACKAGE, StartServer, wait_until
 
 from slotpool import SlotPool
 from slotpool.errors import LeaseLost, SlotBroken
@@ -92,3 +92,4 @@ def test_a_standing_server_tells_as_much_as_it_is_asked_to(options: list[str], i
     assert (f"lease {s.lease_id}: execution {result.execution_id} (bash) ended" in said) == is_told
     assert token not in said
     assert "SLOTPOOL_TEST_logs_token" not in said
+    assert DEFECT not in said

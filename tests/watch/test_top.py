@@ -24,7 +24,7 @@ TOP = [sys.executable, "-m", "slotpool", "top"]
 @pytest.fixture
 def address() -> Iterator[str]:
     command = [sys.executable, "-m", "slotpool", "serve", "--port", "0", "--slots", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENV, cwd="/") as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV, cwd="/") as server:
         assert server.stdout is not None
         yield server.stdout.readline().decode().strip()
         server.terminate()
