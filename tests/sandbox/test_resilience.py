@@ -192,11 +192,13 @@ def test_more_connections_than_select_can_watch(start_server: StartServer) -> No
 def test_held_requests_leave_room_for_renewals(start_server: StartServer) -> None:
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease(ttl=5.0)
-    threads = [threading.Thread(target=server.bash, args=(lease, "sleep 3")) for _ in range(40)]
+    held = "echo >>begun; until [ -e end ]; do sleep 0.05; done"
+    threads = [threading.Thread(target=server.bash, args=(lease, held, 60.0)) for _ in range(40)]
     for thread in threads:
         thread.start()
-    assert wait_until(lambda: server.bash(lease, "pgrep -c sleep")["stdout"] == "40\n")
-    assert server.client.renew([lease["token"]], timeout=2.0)["lost"] == []
+    assert wait_until(lambda: server.bash(lease, "wc -l <begun")["stdout"] == "40\n", 30)
+    assert server.client.renew([lease["token"]])["lost"] == []
+    server.bash(lease, "touch end")
     for thread in threads:
         thread.join()
 
