@@ -127,7 +127,7 @@ def test_a_task_that_is_done_with_its_last_step_is_not_truncated(pool: SlotPool)
 
 
 def test_time_runs_out_amid_a_step(pool: SlotPool) -> None:
-    with SlotEnv(pool, max_seconds=0.3) as env:
+    with SlotEnv(pool, max_seconds=2) as env:
         env.reset()
         observation, _, terminated, truncated, info = env.step("echo begun; sleep 10; echo late")
         assert (observation, terminated, truncated) == ("begun\n[timed out]\n", False, True)
@@ -149,7 +149,7 @@ def test_time_runs_out_between_steps_and_nothing_is_run_then(pool: SlotPool) -> 
 
 
 def test_an_action_that_takes_too_long_ends_and_the_episode_goes_on(pool: SlotPool) -> None:
-    with SlotEnv(pool, command_timeout=0.3) as env:
+    with SlotEnv(pool, command_timeout=1) as env:
         env.reset()
         observation, _, _, truncated, info = env.step("echo begun; sleep 1022")
         assert (observation, truncated, info["result"].timed_out) == ("begun\n[timed out]\n", False, True)

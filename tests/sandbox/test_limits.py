@@ -94,6 +94,13 @@ for n in range(400):
 """
 
 
+HOLD = """
+import os, time
+held = b"x" * (30 << 20)
+while not os.path.exists("ended"): time.sleep(0.05)
+"""
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_memory(start_server: StartServer, mode: str) -> None:
     server = start_server(mode, max_memory=MEMORY)
@@ -104,10 +111,9 @@ def test_memory(start_server: StartServer, mode: str) -> None:
     assert 10 < len(result["stdout"].splitlines()) < MEMORY >> 20
     assert python(server, other, ALLOCATE.replace("400", "20"))["exit_code"] == 0
     if in_groups(mode):  # all of its processes together
-        together = (
-            "for i in 1 2 3 4; do python3 -c 'import time; b = b\"x\" * (30 << 20); time.sleep(1); print(1)' & done; wait"
-        )
-        assert len(server.bash(one, together)["stdout"].splitlines()) < 4
+        server.client.write_file(one["slot"], one["token"], "hold.py", HOLD.encode())
+        together = "for i in 1 2 3 4; do (python3 hold.py; echo $? >>ended) & done; wait; cat ended"
+        assert str(128 + signal.SIGKILL) in server.bash(one, together)["stdout"].split()
     assert server.bash(other, "echo well")["stdout"] == "well\n"
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 import tempfile
 import threading
-import time
 
 import pytest
-from conftest import MODES, OURS, PACKAGE, StartServer
+from conftest import MODES, OURS, PACKAGE, StartServer, wait_until
 
 from slotpool import CommandFailed, SlotPool
 
@@ -47,9 +46,12 @@ def test_another_slots_call_is_left_alone(start_server: StartServer) -> None:
     server = start_server("none", slots=2)
     one, other = server.lease(2)
     results = []
-    calm = threading.Thread(target=lambda: results.append(server.bash(other, "sleep 3; echo fine", timeout=60)))
+    command = "touch begun; until [ -e end ]; do sleep 0.05; done; echo fine"
+    calm = threading.Thread(target=lambda: results.append(server.bash(other, command, timeout=60)))
     calm.start()
+    assert wait_until(lambda: server.bash(other, "ls")["stdout"] == "begun\n")
     assert server.bash(one, f"sleep 101{OURS}", timeout=1.0)["timed_out"]
+    server.bash(other, "touch end")
     calm.join()
     assert [result["stdout"] for result in results] == ["fine\n"]
 
