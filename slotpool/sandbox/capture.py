@@ -168,10 +168,24 @@ class Driver:
 
     def run(self, until: float = float("inf")) -> bool:
         """Go on until all have ended, or until that time on the monotonic clock; whether all have ended."""
-        while self.step(until):
-            if self._ended and self._open:
-                self.close()
+        try:
+            while self.step(until):
+                if self._ended and self._open:
+                    self.close()
+        except BaseException:  # this process is out of memory, say
+            self._give_up()
+            raise
         return not self._open
+
+    def _give_up(self) -> None:
+        """End what has not ended as lost, for those who wait for it."""
+        self._handles.clear()
+        while self._open:
+            job = self._open.pop()
+            job.outcome.status = None
+            self._ended.append(job.call)
+            job.on_end()
+        self.close()
 
     def step(self, until: float = float("inf")) -> bool:
         """Wait for something to happen, and see to it; False if there is nothing any more to wait for, until that time."""

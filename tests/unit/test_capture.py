@@ -126,6 +126,34 @@ def test_what_has_ended_while_another_calls_end_was_seen_to_is_not_past_its_dead
         made.destroy()
 
 
+def test_calls_that_can_not_be_driven_to_their_ends_are_lost_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(output: Output, chunk: bytes) -> None:
+        raise MemoryError
+
+    with contextlib.ExitStack() as stack:
+        made, control, far_lifeline = new_cell(stack)
+        far: list[dict[str, int]] = []
+        jobs = []
+        ends: list[bool] = []
+        for _ in range(2):
+            call = made.shell(b"true", None)
+            message, fds = linux.receive(control, 65536, 8)
+            far.append(dict(zip(json.loads(message)["fds"], fds)))
+            jobs.append(Job(call, time.monotonic() + 60, 50, 50, lambda: ends.append(True)))
+        driver = Driver(jobs)
+        monkeypatch.setattr(Output, "add", fail)
+        os.write(far[0]["stdout"], b"too much")
+        with pytest.raises(MemoryError):
+            driver.run()
+        assert driver.ended
+        assert ends == [True, True]
+        assert all(job.outcome.lost and job.call.sock.fileno() < 0 for job in jobs)
+        for fd in (*far[0].values(), *far[1].values()):
+            os.close(fd)
+        far_lifeline.send(sandboxes.DEAD)
+        made.destroy()
+
+
 @FEW
 @given(data=st.binary(max_size=100), limit=LIMITS, cuts=st.lists(st.integers(0, 100), max_size=10))
 def test_however_it_comes_in_chunks_the_result_is_the_same(data: bytes, limit: int, cuts: list[int]) -> None:
