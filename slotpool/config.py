@@ -183,7 +183,8 @@ class SlotPoolConfig:
     :ivar setup: what makes each slot ready before it is handed out, once for each clean workspace: a bash command, a function
         that is called with the slot, or a sequence of such steps. :meth:`SlotPool.slot` takes further ones.
     :ivar setup_timeout: limit of each command of a setup.
-    :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like.
+    :ivar readonly_paths: directories of this machine that slots see, read-only, beside ``/usr`` and the like. With isolation
+        ``user`` not below ``/tmp``, ``/var/tmp`` and ``/dev/shm``, and without Landlock file modes alone keep them as they are.
     :ivar state_dir: where local containers keep workspaces. Default: below the system's directory for temporary files.
     :ivar nomad_address: of a Nomad agent, ``http://host:4646`` or ``unix:///path``. Default: ``NOMAD_ADDR``. So it is with
         ``nomad_token nomad_namespace nomad_region nomad_cacert nomad_capath nomad_client_cert nomad_client_key

@@ -261,6 +261,12 @@ def _is_public(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() or entry.stat().st_mode & 0o004 != 0
 
 
+def _below_scratch(paths: Sequence[str]) -> list[str]:
+    """Those where a slot of mode ``user`` may write what file modes let it, as Landlock's rules for a path add up."""
+    tops = [os.path.realpath(top) for top in _SCRATCH]
+    return [path for path in paths if any(os.path.commonpath([top, os.path.realpath(path)]) == top for top in tops)]
+
+
 def choose(
     requested: str,
     try_out: Callable[[Isolation], None],
@@ -284,6 +290,10 @@ def choose(
             continue
         if mode != "bwrap" and limits.max_disk is not None:
             reasons[mode] = "it can't keep max_disk"
+            continue
+        writable = _below_scratch(readonly_paths) if mode == "user" else ()
+        if writable:
+            reasons[mode] = f"readonly_paths: slots may write to what is below {', '.join(_SCRATCH)}, as {', '.join(writable)}"
             continue
         version = landlock.abi() if mode == "user" else 0
         isolation = Isolation(mode, version, root and mode != "none", limits, tuple(readonly_paths))
