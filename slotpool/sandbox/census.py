@@ -17,7 +17,7 @@ Stat = Sequence[bytes]
 
 
 def take(users: Collection[int]) -> dict[int, dict[int, Stat]]:
-    """The processes of sandboxes, by process id; for the process that makes all sandboxes, and is none of theirs.
+    """The processes of sandboxes, by process id; for a process that is none of theirs and, if not root's, makes all of them.
 
     :param users: the sandboxes', one each, if this is root; else that of this process.
     :return: by sandbox: by its user; or by the process that was started for it.
@@ -74,15 +74,25 @@ def threads(pid: int, stat: Stat) -> Iterator[tuple[int, Stat]]:
                 yield int(name), linux.stat_fields(f"/proc/{pid}/task/{name}")
 
 
+def is_dead(stat: Stat) -> bool:
+    """Whether no thread of a process is left; where its first one has ended, its state alone does not tell."""
+    return stat[STATE] in (b"Z", b"X") and int(stat[NUM_THREADS]) <= 1
+
+
 def end(processes: Mapping[int, Stat], why: str) -> set[int]:
-    """Kill the processes that had these ``stat``, and say in the server's log why; those that are killed."""
-    killed = {
+    """:func:`kill` them, and say in the server's log why; those that are killed."""
+    killed = kill(processes)
+    linux.complain(f"{why}; {len(killed)} of its processes are killed")
+    return killed
+
+
+def kill(processes: Mapping[int, Stat]) -> set[int]:
+    """Kill the processes that had these ``stat``; those that are killed."""
+    return {
         pid
         for pid, stat in processes.items()
         if _act_on(pid, stat, lambda process: signal.pidfd_send_signal(process, signal.SIGKILL))
     }
-    linux.complain(f"{why}; {len(killed)} of its processes are killed")
-    return killed
 
 
 def release_memory(pid: int, stat: Stat) -> bool:

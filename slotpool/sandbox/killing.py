@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from . import linux
+from . import census, linux
 
 KILL_LIMIT = 1.0  # seconds
 _MOST_LIMIT = 5.0  # seconds
@@ -184,13 +184,5 @@ def _descendants(roots: list[int], living: list[tuple[int, int]]) -> set[int]:
 def _living() -> Iterator[tuple[int, int]]:
     """Each process that isn't a zombie, with its parent, as far as /proc shows them."""
     for pid, fields in linux.processes():
-        if fields[0] not in (b"Z", b"X") or _has_threads(pid):
-            yield pid, int(fields[1])
-
-
-def _has_threads(pid: int) -> bool:
-    """Whether a process whose first thread has ended has others."""
-    try:
-        return len(os.listdir(f"/proc/{pid}/task")) > 1
-    except OSError:
-        return False
+        if not census.is_dead(fields):
+            yield pid, int(fields[census.PARENT])

@@ -71,7 +71,7 @@ class Relief:
         for processes in census.take({order["uid"] for order in sandboxes}).values():
             sizes = []
             for pid, stat in processes.items():
-                if stat[census.STATE] == b"Z" and stat[census.NUM_THREADS] == b"1":  # it has given all back
+                if census.is_dead(stat):  # it has given all back
                     continue
                 key = pid, stat[census.STARTED]
                 killed, size = self._killed.get(key, (-_DEATH_LIMIT, 0))

@@ -6,10 +6,10 @@ import fcntl
 import itertools
 import logging
 import os
-import signal
 import time
 
 from ..errors import SandboxStartFailed, StartFailed
+from . import census
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +105,11 @@ def _clear(first: int) -> None:
 
 
 def _kill_all(first: int) -> bool:
-    found = False
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/status", "rb") as f:
-                fields = dict(row.split(b":", 1) for row in f if b":" in row)
-            if int(fields[b"Uid"].split()[0]) - first in range(BLOCK) and fields[b"State"].split()[0] != b"Z":
-                os.kill(int(name), signal.SIGKILL)
-                found = True
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
+    """Whether there were any."""
+    found = census.take(range(first, first + BLOCK)).values()
+    living = {pid: stat for processes in found for pid, stat in processes.items() if not census.is_dead(stat)}
+    census.kill(living)
+    return bool(living)
 
 
 def _sweep() -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from arena import PYTHON
 from conftest import PACKAGE, ROOT, StartServer, describe_slots
 
 from slotpool.errors import ContainerLost, FileError, SlotPoolError
@@ -139,14 +140,29 @@ def test_a_server_out_of_memory_answers_again_when_there_is_some(start_server: S
     assert server.free(2)
 
 
+FIRST_THREAD_ENDS = """
+import ctypes, os, threading, time
+def live_on():
+    while open(f"/proc/self/task/{os.getpid()}/stat").read().split()[2] != "Z":
+        time.sleep(0.001)
+    print(flush=True)
+    time.sleep(1019)
+threading.Thread(target=live_on).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.parametrize("command", [["sh", "-c", "echo; exec sleep 1019"], [PYTHON, "-c", FIRST_THREAD_ENDS]])
 def test_the_next_server_kills_what_is_left_where_server_and_nursery_were_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     if not ROOT:
         pytest.skip("only root has users to give")
     block = users.UserBlock()
-    left = subprocess.Popen(["sleep", "1019"], user=block.take())
+    left = subprocess.Popen(command, user=block.take(), stdout=subprocess.PIPE)
+    assert left.stdout is not None
     try:
+        assert left.stdout.readline() == b"\n"
         (tmp_path / str(block.first)).touch()  # a lock that nobody holds
         monkeypatch.setattr(users, "REGISTRY", str(tmp_path))  # others' servers have theirs beside it
         users._sweep()
@@ -155,6 +171,7 @@ def test_the_next_server_kills_what_is_left_where_server_and_nursery_were_killed
     finally:
         left.kill()
         left.wait()
+        left.stdout.close()
         monkeypatch.undo()
         block.close()
 
