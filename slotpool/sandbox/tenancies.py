@@ -105,10 +105,11 @@ class TenancyMaker:
 
     def _begin(self) -> str:
         """The server's directory."""
-        self._groups = self._find_groups()
-        self._state = StateDirectory(self._config.state_dir)
+        # First, as it kills what servers have left running, which could make files as fast as what they have left is removed.
         if os.geteuid() == 0 and self._config.isolation != "none":
             self._users = UserBlock()
+        self._groups = self._find_groups()
+        self._state = StateDirectory(self._config.state_dir)
         # The nursery keeps these locks too, so that nobody takes over what it still has to clear when this process dies.
         locks = [self._state.lock, *(self._groups.locks if self._groups is not None else [])]
         locks += [self._users.fd] if self._users is not None else []

@@ -21,8 +21,10 @@ from arena import PYTHON
 from conftest import PACKAGE, ROOT, StartServer, describe_slots
 
 from slotpool.errors import ContainerLost, FileError, SlotPoolError
-from slotpool.sandbox import cgroups, users
+from slotpool.sandbox import cgroups, trees, users
 from slotpool.sandbox.client import SandboxClient
+from slotpool.sandbox.nursery_process import NurseryProcess
+from slotpool.sandbox.tenancies import HostConfig, TenancyMaker
 
 
 @pytest.fixture
@@ -174,6 +176,35 @@ def test_the_next_server_kills_what_is_left_where_server_and_nursery_were_killed
         left.stdout.close()
         monkeypatch.undo()
         block.close()
+
+
+def test_what_a_server_has_left_running_is_dead_before_its_files_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it could make more of them as fast as that goes."""
+    if not ROOT:
+        pytest.skip("only root has users to give")
+    directory = tempfile.mkdtemp(prefix="faults-")
+    os.chmod(directory, 0o711)
+    left = os.path.join(directory, "s-left")
+    os.mkdir(left)
+    block = users.UserBlock()
+    runs = subprocess.Popen(["sleep", "1020"], user=block.take())
+    os.close(block.fd)  # as if its server had been killed
+    remove_tree = trees.remove_tree
+    ran: list[bool] = []
+
+    def remove(path: str) -> None:
+        if path == left:
+            ran.append(runs.poll() is None)
+        remove_tree(path)
+
+    monkeypatch.setattr(trees, "remove_tree", remove)
+    try:
+        TenancyMaker(HostConfig(slots=1, isolation="user", state_dir=directory), NurseryProcess()).close()
+    finally:
+        runs.kill()
+        runs.wait()
+    assert ran == [False]
+    os.rmdir(directory)
 
 
 def test_control_groups_of_a_server_in_another_pid_namespace_are_not_taken_for_left_ones() -> None:
