@@ -105,16 +105,23 @@ class Front:
         except BlockingIOError:  # it has gone again
             return
         except OSError as e:
-            if not self._ending:
-                log.warning("a connection could not be accepted: %s", e)
-                time.sleep(0.1)  # out of descriptors, most likely
+            self._not_accepted(e)
             return
         if not self._make_room(lobby):
             sock.close()
             return
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        lobby.enter(sock)
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            lobby.enter(sock)
+        except OSError as e:
+            sock.close()
+            self._not_accepted(e)
+
+    def _not_accepted(self, why: OSError) -> None:
+        if not self._ending:
+            log.warning("a connection could not be accepted: %s", why)
+            time.sleep(0.1)  # out of descriptors, most likely
 
     def _admit(self, sock: socket.socket, received: bytes) -> None:
         connection = _Connection(self, self._app, sock, received)

@@ -54,8 +54,9 @@ class Lobby:
         return len(self._guests)
 
     def enter(self, sock: socket.socket) -> None:
-        self._guests[sock.fileno()] = _Guest(sock, time.monotonic() + self._idle)
+        """:raises OSError: it can't be watched, as it would be one more than this user may watch, say, and has not come in."""
         self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._guests[sock.fileno()] = _Guest(sock, time.monotonic() + self._idle)
 
     def turn_out(self) -> None:
         """Close the one that has waited for longest."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 import socket
 import threading
 import wsgiref.validate
@@ -231,6 +234,34 @@ def test_idle_connections_make_room_for_new_ones(start: Start) -> None:
     finally:
         for sock in idle:
             sock.close()
+
+
+def test_a_connection_that_can_not_be_watched_is_closed_and_others_are_served(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoll = select.epoll
+
+    class Full:
+        """Has no room for the second."""
+
+        def __init__(self) -> None:
+            self._epoll = epoll()
+            self._count = 0
+
+        def register(self, fd: int, events: int) -> None:
+            self._count += 1
+            if self._count == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._epoll.register(fd, events)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._epoll, name)
+
+    monkeypatch.setattr(select, "epoll", Full)
+    _, port = start()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        assert sock.recv(1) == b""
+    assert talk(port, get("/")).endswith(b"GET /   0")
 
 
 def test_silent_connections_have_no_thread_and_slow_ones_none_before_their_head_is_whole(start: Start) -> None:
