@@ -14,7 +14,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import struct
 import sys
 import time
@@ -338,11 +337,13 @@ def hang_up(sock: socket.socket) -> None:
 
 def close_received(fd: int) -> None:
     """Close a descriptor that a slot has sent; at once, even if it is of a socket that is to linger."""
-    if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        with socket.socket(fileno=fd) as sock, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is none, or stands only for the path of one
+        sock = socket.socket(fileno=fd)
+        try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-    else:
-        os.close(fd)
+        finally:
+            sock.detach()
+    os.close(fd)
 
 
 def stat_fields(directory: str) -> list[bytes]:

@@ -202,6 +202,11 @@ class Impostor(Zygote):
     def lend_path(self, fds, sock, control):
         self.lend(sock, os.open("own", os.O_PATH | os.O_CREAT | os.O_RDWR))
 
+    def lend_path_of_socket(self, fds, sock, control):
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind("socket")
+        self.lend(sock, os.open("socket", os.O_PATH))
+
     def lend_for_writing(self, fds, sock, control):
         self.lend(sock, os.open("own", os.O_WRONLY | os.O_CREAT | os.O_APPEND))
 
@@ -304,6 +309,7 @@ LOANS = [
     case("memory lent for a file", "lend_memory"),
     case("a file of /proc lent for its own", "lend_proc"),
     case("a descriptor lent that only stands for a path", "lend_path"),
+    case("a descriptor lent that only stands for a socket's path", "lend_path_of_socket"),
     case("a file lent that can only be appended to", "lend_for_writing"),
     case("a file lent that can only be read", "lend_for_reading"),
     case("a file of a terabyte lent", "lend_endless"),
