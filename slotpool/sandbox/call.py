@@ -80,6 +80,7 @@ class Call:
         self._script: Feed | None = None  # of a shell
         self._is_let_go = False  # a shell dies as soon as its command has ended, and not only when this is closed
         self._closed = False
+        self._refuses = False  # to be sent descriptors
         self.cell = cell
         self.feeds: list[Feed] = []  # that are not written yet
         self.stdout = self.stderr = -1
@@ -87,7 +88,7 @@ class Call:
         self.sock, far_sock = socket.socketpair()
         far = [far_sock.detach()]
         try:
-            linux.refuse_descriptors(self.sock)
+            self._refuses = linux.refuse_descriptors(self.sock)
             self._end_poll = select.poll()
             self._end_poll.register(self.sock, select.POLLIN)
             # Pipes, and no sockets: on those come descriptors too, and to close one can take as long as its sender wants.
@@ -161,7 +162,7 @@ class Call:
         """
         try:
             # An urgent byte wakes poll(2) and is not there to be read: nobody may wait here.
-            told = self.sock.recv(zygote.STATUS.size, socket.MSG_DONTWAIT)
+            told = linux.receive_bytes(self.sock, zygote.STATUS.size, socket.MSG_DONTWAIT)
         except OSError:
             return None
         self._has_told = self.told < 0
@@ -225,7 +226,10 @@ class Call:
         if self._has_told and not self.has_ended():
             with contextlib.suppress(OSError):  # it just has
                 self.sock.send(zygote.RELEASE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        self.sock.close()
+        if self._refuses:
+            self.sock.close()
+        else:  # which takes four times as long
+            linux.hang_up(self.sock)
         feeds = {*self.feeds, self._script}
         for fd in (self.stdout, self.stderr, self.told, *(feed.fd for feed in feeds if feed is not None)):
             if fd >= 0:

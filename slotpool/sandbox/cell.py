@@ -93,7 +93,9 @@ class Cell:
         except socket.timeout:
             raise SandboxStartFailed(f"the sandbox did not stand within {START_LIMIT:.0f} s") from None
         self._control.settimeout(None)
-        linux.refuse_descriptors(self._control)
+        # So that nothing more comes: what is sent by others, who have got hold of its far end, could take long to be closed, as
+        # linux.refuse_descriptors() tells.
+        self._control.shutdown(socket.SHUT_RD)
         if told != zygote.READY:
             why = told[len(zygote.ERROR) :].decode("utf-8", "replace") if told else "its process ended at once"
             raise SandboxStartFailed(f"the sandbox could not be made: {why}")

@@ -310,28 +310,25 @@ def write(path: str, content: bytes) -> None:
         os.close(fd)
 
 
-def refuse_descriptors(sock: socket.socket) -> None:
-    """Let nobody send descriptors to this Unix socket. To close one that came takes as long as its sender wants, if it is of a
-    socket that lingers. Nothing on kernels before 6.16.
+def refuse_descriptors(sock: socket.socket) -> bool:
+    """Let nobody send descriptors to this Unix socket; whether that can be done, as from Linux 6.16 on. To close one that came
+    takes as long as its sender wants, if it is of a socket that lingers, and so does to close a socket on which it came.
     """
-    with contextlib.suppress(OSError):
+    try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError:
+        return False
+    return True
 
 
 def hang_up(sock: socket.socket) -> None:
-    """Close a Unix socket to a slot, and wait for nothing that may be on its way there."""
+    """Close a Unix stream socket to a slot, and wait for nothing that may be on its way there."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RD)  # so that nothing more comes
     sock.setblocking(False)
-    while True:
-        try:
-            message, fds = receive(sock, 1 << 16, MOST_DESCRIPTORS)
-        except OSError:
-            break
-        for fd in fds:
-            close_received(fd)
-        if not message:
-            break
+    with contextlib.suppress(OSError):
+        while receive_bytes(sock, 1 << 16):
+            pass
     sock.close()
 
 
@@ -391,13 +388,21 @@ def threads() -> tuple[int, int]:
     return int(running), int(all_)
 
 
-def receive(sock: socket.socket, size: int, fds: int) -> tuple[bytes, list[int]]:
+def receive_bytes(sock: socket.socket, size: int, flags: int = 0) -> bytes:
+    """What a slot has sent, at most ``size`` bytes, without the descriptors that may come with it."""
+    message, fds = receive(sock, size, MOST_DESCRIPTORS, flags)
+    for fd in fds:
+        close_received(fd)
+    return message
+
+
+def receive(sock: socket.socket, size: int, fds: int, flags: int = 0) -> tuple[bytes, list[int]]:
     """A message of at most ``size`` bytes and its descriptors, at most ``fds``, closed on exec.
 
     ``socket.recv_fds`` leaves them open, as it ignores its flags.
     """
     held: array.array[int] = array.array("i")
-    message, control, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(fds * held.itemsize), socket.MSG_CMSG_CLOEXEC)
+    message, control, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(fds * held.itemsize), flags | socket.MSG_CMSG_CLOEXEC)
     for level, kind, data in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             held.frombytes(data[: len(data) - len(data) % held.itemsize])

@@ -33,7 +33,7 @@ class Loan:
         try:
             self._sock.settimeout(_COMMIT_PATIENCE)
             self._sock.send(lender.COMMIT, socket.MSG_NOSIGNAL)
-            told = self._sock.recv(lender.ANSWER.size)
+            told = linux.receive_bytes(self._sock, lender.ANSWER.size)
         except OSError:
             return None
         if len(told) != lender.ANSWER.size:
@@ -90,7 +90,7 @@ def _give_up(sock: socket.socket) -> None:
     """What the zygote may have made must be gone before another process makes it: there may be no room for both."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_WR)
-        sock.recv(1)
+        linux.receive_bytes(sock, 1)
     linux.hang_up(sock)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -19,10 +20,10 @@ from attacks import attack
 from conftest import PACKAGE, started_servers, wait_until
 
 from slotpool.errors import ContainerLost, SlotPoolError
-from slotpool.sandbox import linux
 
 pytestmark = pytest.mark.arenas("bwrap", "docker")  # in a container it is mode user
 TRIES = 4
+REFUSING = ["refusing", "before 6.16"]  # whether the server's kernel lets it refuse descriptors
 MOST_GROWTH = 32 << 20  # bytes of the server's memory
 
 # Put at the end of slotpool/sandbox/zygote.py.
@@ -70,6 +71,7 @@ class Impostor(Zygote):
 
     def attack(self, text, fds, sock):
         found = re.search(rb"HOSTILE-(\w+)", text)
+        self.port = re.search(rb"PORT-(\d+)|$", text)[1]
         if found:
             open("attacked", "w").close()
             getattr(self, found[1].decode())(fds, sock, self._control)
@@ -94,8 +96,8 @@ class Impostor(Zygote):
 
     def slow(self):
         with socket.create_server(("127.0.0.1", 0)) as listening:
-            slow = socket.create_connection(listening.getsockname())
-            never_read, _ = listening.accept()
+            slow = socket.create_connection(("127.0.0.1", self.port or listening.getsockname()[1]))
+            never_read = listening if self.port else listening.accept()[0]
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30_000))
         slow.setblocking(False)
         try:
@@ -107,9 +109,27 @@ class Impostor(Zygote):
     def linger(self, fds, sock, control):
         slow, never_read = self.slow()
         sock.send(STATUS.pack(0))
-        socket.send_fds(sock, [b"unread"], [slow.fileno()])  # so that who closes that closes this
-        slow.close()
+        self.send_only(sock, b"unread", slow)  # so that who closes that closes this
         self.silence(fds, sock, control)
+
+    def linger_as_told(self, fds, sock, control):
+        slow, never_read = self.slow()
+        self.send_only(sock, STATUS.pack(0), slow)
+        sock.send(STATUS.pack(0))
+        self.silence(fds, sock, control)
+
+    def linger_in_control(self, fds, sock, control):
+        slow, never_read = self.slow()
+        self.send_only(control, b"unread", slow)
+        sock.send(STATUS.pack(0))
+        self.silence(fds, sock, control)
+
+    def send_only(self, at, message, sent):
+        try:
+            socket.send_fds(at, [message], [sent.fileno()])
+        except OSError:  # it is refused; who closes it waits
+            return
+        sent.close()
 
     def silence(self, fds, sock, control):
         while True:
@@ -179,6 +199,21 @@ class Impostor(Zygote):
         for _ in range(2):
             socket.send_fds(sock, [lender.ANSWER.pack(0)], [slow.fileno()])
         slow.close()
+        self.silence(fds, sock, control)
+
+    def lend_and_put_slow(self, fds, sock, control):
+        slow, never_read = self.slow()
+        self.lend(sock, os.open("own", os.O_RDWR | os.O_CREAT))  # until that is to be put in place
+        self.send_only(sock, lender.ANSWER.pack(0), slow)
+        sock.send(lender.ANSWER.pack(0))
+        self.silence(fds, sock, control)
+
+    def lend_nothing_slow(self, fds, sock, control):
+        slow, never_read = self.slow()
+        sock.send(lender.ANSWER.pack(1))
+        sock.recv(1)
+        self.send_only(sock, lender.ANSWER.pack(0), slow)
+        sock.send(lender.ANSWER.pack(0))
         self.silence(fds, sock, control)
 
     def lend_fifo(self, fds, sock, control):
@@ -252,13 +287,16 @@ Zygote = Impostor
 
 @pytest.fixture(scope="module")
 def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
-    """Servers with impostors."""
+    """Servers with impostors; with the parameter False, of a kernel that lets nobody refuse descriptors."""
     package = Path(tmp_path_factory.mktemp("impostor"))
     for path in (package, *list(package.parents)[:3]):
         path.chmod(0o755)
     shutil.copytree(Path(PACKAGE, "slotpool"), package / "slotpool", ignore=shutil.ignore_patterns("__pycache__"))
     turned = package / "slotpool" / "sandbox" / "zygote.py"
     turned.write_text(turned.read_text() + IMPOSTOR)
+    if not getattr(request, "param", True):
+        calls = package / "slotpool" / "sandbox" / "linux.py"
+        calls.write_text(re.sub("(?m)^_SO_PASSRIGHTS = .*", "_SO_PASSRIGHTS = -1", calls.read_text()))
     with contextlib.ExitStack() as stack:
         start = stack.enter_context(started_servers())
 
@@ -316,9 +354,18 @@ LOANS = [
     case("a file lent that grows and shrinks", "lend_shrinking"),
     case("250 files lent for one", "lend_many"),
     case("nothing lent", "lend_nothing"),
-    case("a socket lent that takes 30,000 s to close", "lend_slow"),
     case("a file lent, and nothing more heard", "lend_and_hang_up"),
     case("a file lent, then garbage", "lend_and_talk"),
+]
+SLOW_TO_CLOSE = [
+    case("a socket that takes 30,000 s to close", "linger"),
+    case("a status, and with it a socket that takes 30,000 s to close", "linger_as_told"),
+    case("on its control socket one that takes 30,000 s to close", "linger_in_control"),
+]
+SLOW_LOANS = [
+    case("a socket lent that takes 30,000 s to close", "lend_slow"),
+    case("a file lent, and as it is put in place a socket that takes 30,000 s to close", "lend_and_put_slow"),
+    case("nothing lent, and then a socket that takes 30,000 s to close", "lend_nothing_slow"),
 ]
 SAID = {"more": 10, "much_more": 10 << 20}
 
@@ -329,22 +376,19 @@ def test_a_call_of_an_impostors_ends(arena: Arena, act: str) -> None:
 
 
 @pytest.mark.arenas("user")
-@pytest.mark.parametrize("act", [case("a socket that takes 30,000 s to close", "linger")])
+@pytest.mark.parametrize("standing", [True, False], indirect=True, ids=REFUSING)
+@pytest.mark.parametrize("act", SLOW_TO_CLOSE)
 def test_a_call_of_an_impostors_that_sends_what_is_slow_to_close_ends(arena: Arena, act: str) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        linux.refuse_descriptors(ours)
-        with contextlib.suppress(OSError):
-            socket.send_fds(theirs, [b"x"], [0])
-            pytest.skip("on kernels before 6.16 nobody can refuse descriptors")
     before, _ = arena.held()
-    with contextlib.suppress(SlotPoolError):
-        arena.server.bash(arena.a, f": HOSTILE-{act}")
-    assert arena.outside("attacked")
-    for _ in range(50):  # else what each of them leaves to be closed would wait behind that
-        assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
-    assert wait_until(lambda: arena.held()[0] < before + 60), arena.held()
-    restore(arena)
+    with socket.create_server(("127.0.0.1", 0)) as never_read:  # also when the slot has ended
+        for _ in range(10):
+            with contextlib.suppress(SlotPoolError):
+                arena.server.bash(arena.a, f": HOSTILE-{act} PORT-{never_read.getsockname()[1]}")
+            assert arena.outside("attacked")
+            for _ in range(5):  # else what each of them leaves to be closed would wait behind that
+                assert arena.server.bash(arena.b, "echo well")["stdout"] == "well\n"
+            restore(arena)
+        assert wait_until(lambda: arena.held()[0] < before + 60), arena.held()
     arena.assert_unharmed()
 
 
@@ -379,6 +423,17 @@ def test_a_file_of_an_impostors_ends(arena: Arena, act: str) -> None:
 
 @pytest.mark.parametrize("act", LOANS)
 def test_what_an_impostor_lends_does_no_harm(arena: Arena, act: str) -> None:
+    check_loan(arena, act)
+
+
+@pytest.mark.arenas("user")
+@pytest.mark.parametrize("standing", [True, False], indirect=True, ids=REFUSING)
+@pytest.mark.parametrize("act", SLOW_LOANS)
+def test_what_an_impostor_lends_that_is_slow_to_close_does_no_harm(arena: Arena, act: str) -> None:
+    check_loan(arena, act)
+
+
+def check_loan(arena: Arena, act: str) -> None:
     path = f"HOSTILE-{act}"
 
     def call() -> None:
