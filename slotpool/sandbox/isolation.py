@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Callable
 
@@ -202,14 +204,15 @@ def make_etc(directory: str, machine: str = "/etc") -> list[tuple[str, str]]:
     os.mkdir(directory, 0o755)
     for name in _ETC:
         source, target = os.path.join(machine, name), os.path.join(directory, name)
-        try:
-            if os.path.isdir(source):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            info = os.stat(source)
+            if not _is_public(info):
+                continue
+            if stat.S_ISDIR(info.st_mode):
                 shown += _copy_public(source, target, f"/etc/{name}")
             else:
                 shutil.copyfile(source, target)
                 os.chmod(target, 0o644)
-        except FileNotFoundError:
-            continue
     for name, text in (
         ("passwd", f"root:x:0:0:root:/root:/bin/sh\n{INNER_USER}:x:{INNER_UID}:{INNER_UID}::{INNER_WORKSPACE}:/bin/bash\n"),
         ("group", f"root:x:0:\n{INNER_USER}:x:{INNER_UID}:\n"),
@@ -235,7 +238,7 @@ def _copy_public(source: str, target: str, inner: str) -> list[tuple[str, str]]:
     with os.scandir(source) as found:
         for entry in found:
             copy = os.path.join(target, entry.name)
-            if not _is_public(entry):
+            if not _is_public_entry(entry):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shown += _copy_public(entry.path, copy, f"{inner}/{entry.name}")
@@ -250,15 +253,21 @@ def _below(directory: str) -> tuple[int, bool]:
     with os.scandir(directory) as found:
         for entry in found:
             count += 1
-            public = public and _is_public(entry)
+            public = public and _is_public_entry(entry)
             if public and entry.is_dir(follow_symlinks=False):
                 more, public = _below(entry.path)
                 count += more
     return count, public
 
 
-def _is_public(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() or entry.stat().st_mode & 0o004 != 0
+def _is_public_entry(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() or _is_public(entry.stat())
+
+
+def _is_public(info: os.stat_result) -> bool:
+    """Whether everybody may read a file, or a directory and what is in it."""
+    needed = 0o005 if stat.S_ISDIR(info.st_mode) else 0o004
+    return info.st_mode & needed == needed
 
 
 def _below_scratch(paths: Sequence[str]) -> list[str]:

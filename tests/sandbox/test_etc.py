@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import pwd
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-from conftest import StartServer
+import pytest
+from conftest import ORDINARY_USER, PACKAGE, ROOT, StartServer, can_run
 
 from slotpool.sandbox import isolation
 
@@ -27,6 +33,37 @@ def test_of_certificates_and_their_kind_a_slot_sees_what_is_there_for_all(start_
     assert seen - {""} == there
     assert server.bash(lease, "id -un; touch /etc/alternatives/mine /etc/mine")["stdout"] == "slot\n"
     assert not Path("/etc/alternatives/mine").exists()
+
+
+@pytest.mark.parametrize("user", ["root", ORDINARY_USER])
+def test_what_not_all_may_read_is_left_out(user: str) -> None:
+    entry = pwd.getpwnam(user)
+    identity: dict[str, Any] = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    if not ROOT or not can_run(identity):
+        pytest.skip(f"nothing can be run as {user}")
+    with tempfile.TemporaryDirectory() as directory:
+        etc = Path(directory, "etc")
+        for name in ("fonts", "pki", "profile.d", "ssl"):
+            (etc / name).mkdir(parents=True)
+            for n in range(20):
+                (etc / name / f"file{n}").touch(0o644)
+        (etc / "pki").chmod(0o700)
+        (etc / "profile.d").chmod(0o744)
+        (etc / "ssl" / "inner").mkdir(0o744)
+        (etc / "ssl" / "inner" / "file").touch(0o644)
+        (etc / "hosts").touch(0o600)
+        (etc / "timezone").touch(0o644)
+        if user != "root":
+            (etc / "magic").symlink_to("pki/file0")
+        Path(directory).chmod(0o777)
+        code = "import sys; from slotpool.sandbox import isolation; print(isolation.make_etc(*sys.argv[1:]))"
+        command = [sys.executable, "-c", code, f"{directory}/made", str(etc)]
+        done = subprocess.run(
+            command, cwd="/", env={"PYTHONPATH": PACKAGE}, capture_output=True, text=True, check=False, **identity
+        )
+        assert done.stdout == f"{[(f'{directory}/made', '/etc'), (str(etc / 'fonts'), '/etc/fonts')]}\n", done.stderr
+        assert set(os.listdir(f"{directory}/made")) == {"fonts", "group", "passwd", "ssl", "timezone"}
+        assert set(os.listdir(f"{directory}/made/ssl")) == {f"file{n}" for n in range(20)}
 
 
 def test_a_large_directory_is_shown_as_it_is_only_if_all_below_it_is_public(tmp_path: Path) -> None:
