@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .order import Landlock, Order
 
 _MAX_FILES = 16_384  # open at once, for each process of a slot
-MODES = ("bwrap", "user", "none")
 INNER_WORKSPACE = "/workspace"
 INNER_UID = 1000
 INNER_USER = "slot"
