@@ -380,7 +380,8 @@ def sandbox_image() -> Iterator[str]:
     """The image as a checkout makes it; once for all tests, as that takes a while."""
     if why_no_docker():
         pytest.skip(why_no_docker())
-    base = re.search(r"^ARG BASE=(\S+)", Path(PACKAGE, "docker", "Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = Path(__file__).resolve().parents[1] / "docker" / "Dockerfile"  # the package may be installed elsewhere
+    base = re.search(r"^ARG BASE=(\S+)", dockerfile.read_text(), re.MULTILINE)
     assert base is not None
     if not image.exists(base[1]):
         pytest.skip(f"the base image {base[1]} is not here, and tests don't pull")
