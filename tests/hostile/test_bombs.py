@@ -1,7 +1,7 @@
 """A slot that uses up what there is: its neighbour goes on answering, and the machine has all back at its end.
 
-How long the neighbour's commands take is told beside how long they take beside a quiet slot, just before and just after, as
-others use this machine too.
+How long the neighbour's commands take is compared with how long they take beside a quiet slot, just before and just after, as
+others use this machine too; best of several.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from slotpool.sandbox.protocol import Lease
 
 COMMANDS = 40  # of the neighbour's, to be timed
 BOMB_LIMIT = 1.2  # seconds of a bomb
+MOST_TIMES_SLOWER = 10
+TRIES = 5
 
 bombed = standing_with(slots=2, max_processes=200, max_memory=96 << 20, max_written=64 << 20)
 contained = standing_with(slots=2, max_processes=200)
 
 
-HOLDS = "all of the neighbour's commands are answered; clean at its end"
+HOLDS = f"the neighbour's p95 is under {MOST_TIMES_SLOWER} times the quiet one's; clean at its end"
 
 
 def bomb(name: str, command: str, holds: str = HOLDS) -> Any:
@@ -158,15 +160,19 @@ def test_so_it_does_where_an_ordinary_user_has_none(contained: Standing, mode: s
 
 def compare(server: Server, command: str, figure: Figure, longer: int = 1) -> None:
     """:param longer: how many times as long, as something is done against a hog only once it is noticed."""
-    a, b = server.lease(2)
-    before = durations(server, b)
-    beside = p95(beside_bomb(server, a, b, command, longer))
-    server.client.lease("test", 30.0, 0, [a["token"]])
-    assert server.free(1, 30), server.client.health()["counts"]
-    quiet = p95(before + durations(server, b))
-    server.client.lease("test", 30.0, 0, [b["token"]])
-    assert server.free(2, 30), server.client.health()["counts"]
-    figure(f"p95 {quiet * 1000:.1f} ms quiet, {beside * 1000:.1f} ms beside, {beside / quiet:.1f} times")
+    ratios: list[float] = []
+    while len(ratios) < TRIES and (not ratios or min(ratios) >= MOST_TIMES_SLOWER):
+        a, b = server.lease(2)
+        before = durations(server, b)
+        beside = p95(beside_bomb(server, a, b, command, longer))
+        server.client.lease("test", 30.0, 0, [a["token"]])
+        assert server.free(1, 30), server.client.health()["counts"]
+        quiet = p95(before + durations(server, b))
+        ratios.append(beside / quiet)
+        server.client.lease("test", 30.0, 0, [b["token"]])
+        assert server.free(2, 30), server.client.health()["counts"]
+    figure(f"p95 {quiet * 1000:.1f} ms quiet, {beside * 1000:.1f} ms beside, {min(ratios):.1f} times")
+    assert min(ratios) < MOST_TIMES_SLOWER, ratios
 
 
 def beside_bomb(server: Server, a: Lease, b: Lease, command: str, longer: int) -> list[float]:
