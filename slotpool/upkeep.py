@@ -146,7 +146,8 @@ class Upkeep:
             log.info("%s has come, with %d slots, isolation %s", member.id, container.capacity, isolation)
         elif attempt == _PATIENCE:
             log.warning("%s can't be used: %s", member.id, failure)
-        if failure is not None and attempt >= _HOPELESS:
+        # One of another isolation is well, and others may use it.
+        if failure is not None and attempt >= _HOPELESS and not isinstance(failure, IsolationUnavailable):
             self._replace(member)
 
     def _try_again(self, member: Member, attempt: int) -> None:

@@ -20,7 +20,7 @@ import pytest
 from conftest import OURS, PACKAGE, StartServer, servers, sleepers, slotpool_processes, state_directories, wait_until
 from proxy import Proxy
 
-from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState
+from slotpool import AcquireTimeout, ContainerLost, LeaseLost, SlotPool, SlotPoolConfig, SlotPoolError, SlotState, upkeep
 from slotpool.errors import IsolationUnavailable, PoolClosed, StartFailed
 from slotpool.fleet.local import LocalFleet
 
@@ -300,6 +300,29 @@ def test_standing_servers_of_another_isolation_are_refused(start_server: StartSe
     with SlotPool(servers=[weak.address, strong.address], **settings) as pool, pool.slot() as s:
         assert s.container_addr == strong.address
         assert pool.total_slots == 1
+
+
+def test_a_container_of_another_isolation_is_not_used_and_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_server = SlotPoolConfig.of_server
+    monkeypatch.setattr(SlotPoolConfig, "of_server", lambda config: {**of_server(config), "isolation": "none"})
+    monkeypatch.setattr(upkeep, "_HOPELESS", 2)  # attempts
+    with pytest.raises(IsolationUnavailable, match="expected bwrap, got none"):
+        SlotPool(isolation="bwrap", slots_per_container=1).start()
+    with SlotPool(isolation="bwrap", slots_per_container=1, min_containers=0, max_containers=1) as pool:
+        ended: list[BaseException] = []
+
+        def acquire() -> None:
+            with pytest.raises(AcquireTimeout, match="expected bwrap, got none") as caught:
+                pool.acquire(timeout=3)
+            ended.append(caught.value)
+
+        caller = threading.Thread(target=acquire)
+        caller.start()
+        assert wait_until(servers)
+        started = servers()
+        caller.join()
+        assert ended
+        assert servers() == started
 
 
 def test_containers_that_hang_keep_no_others_leases_from_being_renewed() -> None:
