@@ -9,11 +9,11 @@ from typing import Callable
 
 
 def run(acts: Sequence[Callable[[], None]], most: int, give_up: Callable[[], None] = lambda: None) -> None:
-    """Call them all, up to ``most`` at once, and return when all have ended: in this thread, and in others as far as there can
-    be others. While the interpreter goes down there can be none, and an executor takes no work.
+    """Call them all, up to ``most`` at once, in threads for that, and return when all have ended. Where there can be no more
+    threads, as while the interpreter goes down, when an executor takes no work either, they are called in this one.
 
-    :param give_up: called if this is interrupted, or one of them raises, and is to end those that run; no more are begun.
-    :raises BaseException: what one of them has raised.
+    :param give_up: called if this is interrupted, and is to end those that run; no more are begun.
+    :raises BaseException: what one of them has raised; others have not been begun then.
     """
     pending = collections.deque(acts)
     failures: list[BaseException] = []
@@ -34,14 +34,14 @@ def run(acts: Sequence[Callable[[], None]], most: int, give_up: Callable[[], Non
 
     helpers: list[threading.Thread] = []
     try:
-        for _ in range(min(most, len(acts)) - 1):
-            helper = threading.Thread(target=help_out, name="slotpool-abreast", daemon=True)
+        for _ in range(min(most, len(acts))):
+            helpers.append(threading.Thread(target=help_out, name="slotpool-abreast", daemon=True))
             try:
-                helper.start()
-            except RuntimeError:  # there can be no more
+                helpers[-1].start()
+            except RuntimeError:
+                helpers.pop()
+                work()
                 break
-            helpers.append(helper)
-        work()
         for helper in helpers:
             helper.join()
         if failures:
@@ -52,4 +52,5 @@ def run(acts: Sequence[Callable[[], None]], most: int, give_up: Callable[[], Non
         raise
     finally:
         for helper in helpers:
-            helper.join()
+            if helper.ident is not None:
+                helper.join()

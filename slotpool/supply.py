@@ -55,6 +55,7 @@ class Supply:
         self.held: set[Tenure] = set()  # handed out to callers
         self.ready: queue.Queue[Tenure] = queue.Queue()  # held for the next to come
         self.waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see take()
+        self.unfit = 0  # containers that are there, and of no use to this pool
         self.counters = Counters()
         self._strays: set[Tenure] = set()
         self._asking = 0  # the sum of what the containers are asked for
@@ -138,6 +139,7 @@ class Supply:
                 self.counters.leases_lost += 1
                 del container.tenures[tenure.token]
                 self._has_room(container)
+                self.refill()
             elif (keep or not tenure.used) and not container.cordoned:
                 fresh = tenure.handed_on()
                 container.tenures[fresh.token] = fresh
@@ -286,7 +288,7 @@ class Supply:
             per_container = max((container.size for container in containers), default=self._config.slots_per_container)
             lacking = sum(per_container - container.capacity for container in containers)
             others = sum(container.leased_by_others for container in containers)
-            self._standing = lacking + others, per_container
+            self._standing = lacking + others + self.unfit * per_container, per_container
         return self._standing
 
     def refill(self) -> None:

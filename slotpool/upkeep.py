@@ -30,6 +30,8 @@ _TELLING = 20  # attempts after which a caller who asks is told of them
 _SLOW = 0.5  # and from then on
 _WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
 _LONGEST = 3600.0
+_UNFIT = 60.0  # seconds until one is asked again whose isolation is another
+_RENEWAL_LIMIT = 2.5  # seconds; a container that hangs keeps others' leases waiting for as long, if many do
 _HOPELESS = 700  # attempts, at least six minutes, after which a container is given up that never answers
 
 
@@ -54,6 +56,7 @@ class Upkeep:
         self._members: Collection[str] = ()  # the fleet's, by their ids
         self._admitting: set[str] = set()  # members that are being asked who they are
         self._asked_in_vain: set[str] = set()  # standing servers that have not answered yet
+        self._unfit: set[str] = set()  # members with another isolation than is asked for
         self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
         self._changed = threading.Condition(supply.lock)  # signalled when containers have come, or can't
         self._resizer = Resizer(config, fleet, supply, background, self._changed)
@@ -81,7 +84,7 @@ class Upkeep:
                     failure = None  # what lacks room is another pool's wish
                 if failure is None and not self._scales and self._asked_in_vain.issuperset(self._members):
                     failure = self._supply.trouble  # nobody starts them, and others may be there
-                if failure is None and self._scales and isinstance(self._supply.trouble, IsolationUnavailable):
+                if failure is None and self._unfit and self._unfit.issuperset(self._members):
                     failure = self._supply.trouble  # the job was taken as it is
                 left = deadline - time.monotonic()
                 if failure is not None or left <= 0 or not self._supply.open:
@@ -101,6 +104,7 @@ class Upkeep:
                 return
             members = {member.id: member for member in self._fleet.members()}  # under the lock, or it may be out of date
             self._members = members.keys()
+            self._set_unfit(self._unfit & members.keys())
             for container in list(self._supply.containers.values()):
                 if container.id not in members:
                     self._drop(container, "its container has ended")
@@ -123,18 +127,25 @@ class Upkeep:
             container.introduce(container.client.health(limit, repeat=False), self._config.isolation)
         except Exception as e:  # it is not known what answers there
             failure = e
+        is_unfit = isinstance(failure, IsolationUnavailable)  # and well: others may use it
         with self._supply.lock:
             admitted = failure is None and self._supply.open
             if failure is None:
                 self._asked_in_vain.discard(member.id)
             elif not self._scales:
                 self._asked_in_vain.add(member.id)
+            is_news = is_unfit and member.id not in self._unfit
+            self._set_unfit(self._unfit | {member.id} if is_unfit else self._unfit - {member.id})
+            if is_news:
+                self._supply.refill()  # with others, if there may be
             if admitted:
                 self._supply.add(container)
                 self._supply.refill()
-            elif attempt >= _TELLING or not self._scales or isinstance(failure, (ContainerRefused, IsolationUnavailable)):
+            elif attempt >= _TELLING or not self._scales or is_unfit or isinstance(failure, ContainerRefused):
                 self._supply.trouble = failure
-            if failure is None or not self._supply.open or attempt >= _HOPELESS:
+            if is_unfit and self._supply.open:
+                self.later(_UNFIT, functools.partial(self._try_again, member, 0))
+            elif failure is None or not self._supply.open or attempt >= _HOPELESS:
                 self._admitting.discard(member.id)
             else:
                 self.later(_QUICK if attempt < _PATIENCE else _SLOW, functools.partial(self._try_again, member, attempt + 1))
@@ -144,11 +155,16 @@ class Upkeep:
         if failure is None:
             isolation = container.info.get("isolation")
             log.info("%s has come, with %d slots, isolation %s", member.id, container.capacity, isolation)
-        elif attempt == _PATIENCE:
+        elif attempt == _PATIENCE or is_news:
             log.warning("%s can't be used: %s", member.id, failure)
-        # One of another isolation is well, and others may use it.
-        if failure is not None and attempt >= _HOPELESS and not isinstance(failure, IsolationUnavailable):
+        if failure is not None and attempt >= _HOPELESS and not is_unfit:
             self._replace(member)
+
+    def _set_unfit(self, members: set[str]) -> None:
+        self._unfit = members
+        if self._supply.unfit != len(members):
+            self._supply.unfit = len(members)
+            self._supply.changed()
 
     def _try_again(self, member: Member, attempt: int) -> None:
         """A container runs before its server listens, and there is nothing to wait for but its answer. Without the lock."""
@@ -180,7 +196,8 @@ class Upkeep:
     def tend(self) -> None:
         """Renew every lease, in one request a container, side by side; see to what is missing or not needed."""
         with self._supply.lock:
-            for container in self._supply.containers.values():
+            # Those last that did not answer last time.
+            for container in sorted(self._supply.containers.values(), key=lambda one: -one.answered_at):
                 container.exhausted = False
                 if not container.checking:
                     container.checking = True
@@ -195,7 +212,7 @@ class Upkeep:
         with self._supply.lock:
             tokens = list(container.tenures)
         try:
-            answer = container.client.renew(tokens, timeout=max(0.2, min(5.0, self._config.lease_ttl / 3)))
+            answer = container.client.renew(tokens, timeout=max(0.2, min(_RENEWAL_LIMIT, self._config.lease_ttl / 3)))
         except Exception as e:  # whatever it is, it must be looked at again
             self._silent(container, e)
             return

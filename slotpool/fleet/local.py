@@ -61,7 +61,14 @@ class _Server:
         except BrokenPipeError:  # it has failed already, and says so
             pass
         self._follower = threading.Thread(target=self._follow, name=f"slotpool-{self.id}", daemon=True)
-        self._follower.start()
+        try:
+            self._follower.start()
+        except BaseException:  # there can be no more threads
+            self.kill()
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            raise
 
     def _follow(self) -> None:
         assert self._process.stdout is not None

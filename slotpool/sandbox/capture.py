@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import math
 import os
 import select
@@ -16,6 +17,8 @@ from typing import Callable
 import attr
 
 from .call import Call
+
+log = logging.getLogger(__name__)
 
 KILL_LIMIT = 2.0  # seconds that the zygote has to kill a call, a little more than it gives itself
 _READ_SIZE = 1 << 16
@@ -184,7 +187,10 @@ class Driver:
             job = self._open.pop()
             job.outcome.status = None
             self._ended.append(job.call)
-            job.on_end()
+            try:
+                job.on_end()
+            except Exception:
+                log.exception("who waits for an execution could not be told of its end")
         self.close()
 
     def step(self, until: float = float("inf")) -> bool:
@@ -249,8 +255,7 @@ class Driver:
         for fd, output in ((call.stdout, job.outcome.stdout), (call.stderr, job.outcome.stderr)):
             if fd in self._handles:
                 _drain(fd, output)
-        self._open.discard(job)
-        if self._open:
+        if len(self._open) > 1:
             for fd in (call.sock.fileno(), call.stdout, call.stderr, *(feed.fd for feed in call.feeds)):
                 self._unwatch(fd)
             self._unwatch(call.told)
@@ -261,6 +266,7 @@ class Driver:
         job.outcome.cancelled = call.end()
         job.outcome.duration = time.monotonic() - job.started
         self._ended.append(call)
+        self._open.discard(job)
         job.on_end()
 
     def close(self) -> None:

@@ -325,6 +325,20 @@ def test_a_container_of_another_isolation_is_not_used_and_not_ended(monkeypatch:
         assert servers() == started
 
 
+def test_containers_of_another_isolation_are_made_up_for_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = LocalFleet._add
+
+    def first_is_weak(fleet: LocalFleet, index: int) -> None:
+        fleet._settings = {**fleet._settings, "isolation": "bwrap" if index else "none"}
+        add(fleet, index)
+
+    monkeypatch.setattr(LocalFleet, "_add", first_is_weak)
+    with SlotPool(isolation="bwrap", slots_per_container=1, min_containers=0, max_containers=2) as pool, pool.slot() as s:
+        assert s.bash("true").metadata["isolation"] == "bwrap"
+        assert len(servers()) == 2
+        assert pool.total_slots == 1
+
+
 def test_containers_that_hang_keep_no_others_leases_from_being_renewed() -> None:
     go_on = threading.Event()
 

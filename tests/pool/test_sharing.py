@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import wait_until
 
 from slotpool import AcquireTimeout, LeaseLost, SlotPool
 
@@ -145,3 +147,15 @@ def test_a_lost_lease_is_not_handed_on_as_it_is() -> None:
             assert s.bash("echo well").stdout == "well\n"
         stats = pool.get_stats()
         assert (stats["leases_lost"], stats["returns_bad"]) == (1, 1)
+
+
+def test_who_waits_has_the_slot_of_a_lost_lease_that_is_given_back() -> None:
+    with SlotPool(slots_per_container=1, max_containers=1) as pool, ThreadPoolExecutor(1) as threads:
+        slot = pool.acquire()
+        slot._tenure.container.client.lease("somebody else", 30, 0, [slot._tenure.token])
+        with pytest.raises(LeaseLost):
+            slot.bash("true")
+        waiting = threads.submit(pool.acquire, timeout=8)  # less than until leases are renewed
+        assert wait_until(lambda: pool.get_stats()["requests_waiting"] == 1)
+        slot.release()
+        waiting.result().release()
