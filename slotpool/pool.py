@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WORKERS, _RENEWERS = 24, 14  # threads at most
+_WORKERS, _RENEWERS = 24, 12  # threads at most
 _SIDE_BY_SIDE = 16  # containers that leases are given back to at once, when the pool stops
 _UNCLAIMED = 5.0  # seconds after which a lease that was handed out, and reached nobody, is given back
 
