@@ -28,6 +28,7 @@ _QUICK = 0.1  # seconds between two times that it is asked, as often as _PATIENC
 _PATIENCE = 100
 _TELLING = 20  # attempts after which a caller who asks is told of them
 _SLOW = 0.5  # and from then on
+_TOLD_AT_ONCE = (ContainerRefused, IsolationUnavailable)
 _WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
 _LONGEST = 3600.0
 _UNFIT = 60.0  # seconds until one is asked again whose isolation is another
@@ -127,38 +128,42 @@ class Upkeep:
             container.introduce(container.client.health(limit, repeat=False), self._config.isolation)
         except Exception as e:  # it is not known what answers there
             failure = e
-        is_unfit = isinstance(failure, IsolationUnavailable)  # and well: others may use it
         with self._supply.lock:
             admitted = failure is None and self._supply.open
-            if failure is None:
-                self._asked_in_vain.discard(member.id)
-            elif not self._scales:
-                self._asked_in_vain.add(member.id)
-            is_news = is_unfit and member.id not in self._unfit
-            self._set_unfit(self._unfit | {member.id} if is_unfit else self._unfit - {member.id})
-            if is_news:
-                self._supply.refill()  # with others, if there may be
             if admitted:
                 self._supply.add(container)
+            is_found_unfit = self._note_answer(member, failure, attempt)
+            if admitted or is_found_unfit:  # then others are to be leased from, if there may be
                 self._supply.refill()
-            elif attempt >= _TELLING or not self._scales or is_unfit or isinstance(failure, ContainerRefused):
-                self._supply.trouble = failure
-            if is_unfit and self._supply.open:
-                self.later(_UNFIT, functools.partial(self._try_again, member, 0))
-            elif failure is None or not self._supply.open or attempt >= _HOPELESS:
-                self._admitting.discard(member.id)
-            else:
-                self.later(_QUICK if attempt < _PATIENCE else _SLOW, functools.partial(self._try_again, member, attempt + 1))
             self._changed.notify_all()
         if not admitted:
             container.client.close()
         if failure is None:
             isolation = container.info.get("isolation")
             log.info("%s has come, with %d slots, isolation %s", member.id, container.capacity, isolation)
-        elif attempt == _PATIENCE or is_news:
+        elif attempt == _PATIENCE or is_found_unfit:
             log.warning("%s can't be used: %s", member.id, failure)
-        if failure is not None and attempt >= _HOPELESS and not is_unfit:
+        if failure is not None and attempt >= _HOPELESS and not isinstance(failure, IsolationUnavailable):
             self._replace(member)
+
+    def _note_answer(self, member: Member, failure: Exception | None, attempt: int) -> bool:
+        """What came of asking a member, and when to ask again; whether it is found just now to have another isolation."""
+        if failure is None or self._scales:
+            self._asked_in_vain.discard(member.id)
+        else:
+            self._asked_in_vain.add(member.id)
+        was_unfit = member.id in self._unfit
+        is_unfit = isinstance(failure, IsolationUnavailable)  # and well: others may use it
+        self._set_unfit(self._unfit | {member.id} if is_unfit else self._unfit - {member.id})
+        if failure is not None and (attempt >= _TELLING or not self._scales or isinstance(failure, _TOLD_AT_ONCE)):
+            self._supply.trouble = failure
+        if failure is None or not self._supply.open or (attempt >= _HOPELESS and not is_unfit):
+            self._admitting.discard(member.id)
+        elif is_unfit:
+            self.later(_UNFIT, functools.partial(self._try_again, member, 0))
+        else:
+            self.later(_QUICK if attempt < _PATIENCE else _SLOW, functools.partial(self._try_again, member, attempt + 1))
+        return is_unfit and not was_unfit
 
     def _set_unfit(self, members: set[str]) -> None:
         self._unfit = members

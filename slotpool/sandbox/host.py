@@ -9,20 +9,20 @@ import math
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 from .._version import __version__
 from ..errors import SandboxStartFailed, StartFailed
-from . import logs, protocol, tools, zygote
+from . import logs, protocol, spares, tools, zygote
 from .capture import Driver, Job
 from .cell import Cell
 from .leases import Lease, LeaseTable
 from .nursery_process import NurseryProcess
 from .protocol import CallRequest, RequestFailed
 from .run import Answer, Run
+from .spares import Spares
 from .tally import Tally
 from .tenancies import HostConfig, Tenancy, TenancyMaker
 from .warmer import Warmer
@@ -30,7 +30,6 @@ from .warmer import Warmer
 log = logging.getLogger(__name__)
 
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)  # seconds between attempts to make a sandbox
-_MOST_SPARES = 2
 _MOST_PAUSE = 600.0  # seconds until a quarantined slot is tried again; the first pause is HostConfig.quarantine
 _LATE = 5.0  # seconds past its time after which a request takes no leases: its client may have given up, see client._SLACK
 _ENDERS = 8  # threads that end what was in slots
@@ -83,9 +82,6 @@ class Host:
         self._reaper_comes = -math.inf  # on the monotonic clock; no later than anything while it is about its work
         self._table = LeaseTable(names)
         self._tenancies: dict[str, Tenancy] = {}
-        # Made in advance, so that a slot which is given back need not wait for one; None comes of it if that fails.
-        self._spares: deque[Future[Tenancy | None]] = deque()
-        self._stock = 1  # of them
         self._retries: dict[str, float] = {}  # when to try again to clean a quarantined slot, on the monotonic clock
         self._pauses: dict[str, float] = {}  # seconds until that, if it fails once more
         self._cleaning = 0  # requests that clean a slot
@@ -110,8 +106,9 @@ class Host:
             # Apart, so that none of what is to be ended goes on until sandboxes were made for all that ended before it.
             self._enders = _executor(min(_ENDERS, slots), "slotpool-end")
             undo.callback(self._enders.shutdown)
-            self._makers = _executor(min(_MAKERS, slots + _MOST_SPARES), "slotpool-make")
+            self._makers = _executor(min(_MAKERS, slots + spares.MOST), "slotpool-make")
             undo.callback(self._makers.shutdown)
+            self._spares = Spares(self._make, self._makers)
             self._reaper = threading.Thread(target=self._reap, name="slotpool-expiry", daemon=True)
             self._reaper.start()
             undo.pop_all()
@@ -156,7 +153,7 @@ class Host:
         """
         began = time.monotonic() - spent
         try:
-            tenancy = (self._take_spare() if from_stock else None) or self._make_with_patience()
+            tenancy = (self._spares.take() if from_stock else None) or self._make_with_patience()
         except Exception as e:
             self._quarantine(slot, time.monotonic() - began, e)
             return
@@ -183,33 +180,10 @@ class Host:
         """Have spares made, if there are too few then. Once a slot was taken, and not sooner: it is in the way of who waits for
         that one. Nor at once: who gets the answer was likely woken on this processor, and would wait behind it.
         """
-        self.warmer.take(self._restock)
+        self.warmer.take(self._spares.restock)
 
-    def _restock(self) -> None:
-        with self._lock:
-            self._spares = deque(spare for spare in self._spares if not spare.done() or spare.result() is not None)
-            while not self._closing and len(self._spares) < self._stock:  # while it closes, the makers may have ended
-                self._spares.append(Future())
-                self._makers.submit(self._make_spare, self._spares[-1])
-
-    def _take_spare(self) -> Tenancy | None:
-        with self._lock:
-            spare = self._spares.popleft() if self._spares else None
-            if spare is None or not spare.done():  # slots are given back faster than one is made
-                self._stock = _MOST_SPARES
-        if spare is None or spare.cancel():  # it was still in line, behind slots that are to be made ready
-            return None
-        return spare.result()  # if it is being made, it comes sooner than one that is begun now
-
-    def _make_spare(self, spare: Future[Tenancy | None]) -> None:
-        if not spare.set_running_or_notify_cancel():
-            return
-        made = None
-        try:
-            made = None if self._closing else self._maker.make(self.isolation.default_network)
-        except Exception as e:
-            log.info("no sandbox could be made in advance: %s", e, exc_info=not isinstance(e, (SandboxStartFailed, OSError)))
-        spare.set_result(made)
+    def _make(self) -> Tenancy:
+        return self._maker.make(self.isolation.default_network)
 
     def _make_with_patience(self) -> Tenancy | None:
         """Try again for a while: the machine may be short of memory or processes for a moment. None if the host closes."""
@@ -217,7 +191,7 @@ class Host:
             if self._closing:
                 return None
             try:
-                return self._maker.make(self.isolation.default_network)
+                return self._make()
             except (SandboxStartFailed, OSError) as e:
                 if pause is None or self._closing:
                     raise
@@ -359,7 +333,7 @@ class Host:
             raise protocol.invalid("network", self.isolation.refuses_network(network) or "", network)
         try:
             self._maker.end(old)
-            fresh = self._take_spare() if network == self.isolation.default_network else None
+            fresh = self._spares.take() if network == self.isolation.default_network else None
             fresh = fresh or self._maker.make(network)
         except (SandboxStartFailed, OSError) as e:
             raise RequestFailed("slot_broken", str(e)) from e
@@ -501,11 +475,9 @@ class Host:
                 return
             self._closing = True
             tenancies = list(self._tenancies.values())
-            made = [spare.result() for spare in self._spares if spare.done()]
-            tenancies += [spare for spare in made if spare is not None]
             self._changed.notify_all()
             self._due.notify()
-        for tenancy in tenancies:
+        for tenancy in [*tenancies, *self._spares.close()]:
             tenancy.cell.destroy()
         self._reaper.join()
         self._enders.shutdown()
