@@ -55,7 +55,6 @@ class Supply:
         self.held: set[Tenure] = set()  # handed out to callers
         self.ready: queue.Queue[Tenure] = queue.Queue()  # held for the next to come
         self.waiters: deque[_Waiter] = deque()  # in order of arrival; nobody overtakes them, see take()
-        self.unfit = 0  # containers that are there, and of no use to this pool
         self.counters = Counters()
         self._strays: set[Tenure] = set()
         self._asking = 0  # the sum of what the containers are asked for
@@ -288,7 +287,7 @@ class Supply:
             per_container = max((container.size for container in containers), default=self._config.slots_per_container)
             lacking = sum(per_container - container.capacity for container in containers)
             others = sum(container.leased_by_others for container in containers)
-            self._standing = lacking + others + self.unfit * per_container, per_container
+            self._standing = lacking + others, per_container
         return self._standing
 
     def refill(self) -> None:

@@ -32,7 +32,6 @@ _TOLD_AT_ONCE = (ContainerRefused, IsolationUnavailable)
 _WORN = 30.0  # seconds between two containers that are given up for their slots' state, doubled each time
 _LONGEST = 3600.0
 _UNFIT = 60.0  # seconds until one is asked again whose isolation is another
-_RENEWAL_LIMIT = 2.5  # seconds; a container that hangs keeps others' leases waiting for as long, if many do
 _HOPELESS = 700  # attempts, at least six minutes, after which a container is given up that never answers
 
 
@@ -57,7 +56,7 @@ class Upkeep:
         self._members: Collection[str] = ()  # the fleet's, by their ids
         self._admitting: set[str] = set()  # members that are being asked who they are
         self._asked_in_vain: set[str] = set()  # standing servers that have not answered yet
-        self._unfit: set[str] = set()  # members with another isolation than is asked for
+        self._unfit: dict[str, Exception] = {}  # members with another isolation than is asked for
         self.later: Callable[[float, Callable[[], None]], None]  # call something in so many seconds
         self._changed = threading.Condition(supply.lock)  # signalled when containers have come, or can't
         self._resizer = Resizer(config, fleet, supply, background, self._changed)
@@ -85,8 +84,8 @@ class Upkeep:
                     failure = None  # what lacks room is another pool's wish
                 if failure is None and not self._scales and self._asked_in_vain.issuperset(self._members):
                     failure = self._supply.trouble  # nobody starts them, and others may be there
-                if failure is None and self._unfit and self._unfit.issuperset(self._members):
-                    failure = self._supply.trouble  # the job was taken as it is
+                if failure is None and len(self._members) >= needed > len(self._members) - len(self._unfit):
+                    failure = next(iter(self._unfit.values()))  # the servers, or the job, were taken as they are
                 left = deadline - time.monotonic()
                 if failure is not None or left <= 0 or not self._supply.open:
                     failure = failure or self._supply.trouble
@@ -105,7 +104,7 @@ class Upkeep:
                 return
             members = {member.id: member for member in self._fleet.members()}  # under the lock, or it may be out of date
             self._members = members.keys()
-            self._set_unfit(self._unfit & members.keys())
+            self._unfit = {id_: why for id_, why in self._unfit.items() if id_ in members}
             for container in list(self._supply.containers.values()):
                 if container.id not in members:
                     self._drop(container, "its container has ended")
@@ -132,9 +131,8 @@ class Upkeep:
             admitted = failure is None and self._supply.open
             if admitted:
                 self._supply.add(container)
-            is_found_unfit = self._note_answer(member, failure, attempt)
-            if admitted or is_found_unfit:  # then others are to be leased from, if there may be
                 self._supply.refill()
+            is_found_unfit = self._note_answer(member, failure, attempt)
             self._changed.notify_all()
         if not admitted:
             container.client.close()
@@ -154,22 +152,19 @@ class Upkeep:
             self._asked_in_vain.add(member.id)
         was_unfit = member.id in self._unfit
         is_unfit = isinstance(failure, IsolationUnavailable)  # and well: others may use it
-        self._set_unfit(self._unfit | {member.id} if is_unfit else self._unfit - {member.id})
+        if failure is None:
+            self._unfit.pop(member.id, None)
+        elif is_unfit:
+            self._unfit[member.id] = failure
         if failure is not None and (attempt >= _TELLING or not self._scales or isinstance(failure, _TOLD_AT_ONCE)):
             self._supply.trouble = failure
         if failure is None or not self._supply.open or (attempt >= _HOPELESS and not is_unfit):
             self._admitting.discard(member.id)
         elif is_unfit:
-            self.later(_UNFIT, functools.partial(self._try_again, member, 0))
+            self.later(_UNFIT, functools.partial(self._try_again, member, _PATIENCE + 1))
         else:
             self.later(_QUICK if attempt < _PATIENCE else _SLOW, functools.partial(self._try_again, member, attempt + 1))
         return is_unfit and not was_unfit
-
-    def _set_unfit(self, members: set[str]) -> None:
-        self._unfit = members
-        if self._supply.unfit != len(members):
-            self._supply.unfit = len(members)
-            self._supply.changed()
 
     def _try_again(self, member: Member, attempt: int) -> None:
         """A container runs before its server listens, and there is nothing to wait for but its answer. Without the lock."""
@@ -217,7 +212,7 @@ class Upkeep:
         with self._supply.lock:
             tokens = list(container.tenures)
         try:
-            answer = container.client.renew(tokens, timeout=max(0.2, min(_RENEWAL_LIMIT, self._config.lease_ttl / 3)))
+            answer = container.client.renew(tokens, timeout=max(0.2, min(5.0, self._config.lease_ttl / 3)))
         except Exception as e:  # whatever it is, it must be looked at again
             self._silent(container, e)
             return

@@ -325,7 +325,7 @@ def test_a_container_of_another_isolation_is_not_used_and_not_ended(monkeypatch:
         assert servers() == started
 
 
-def test_containers_of_another_isolation_are_made_up_for_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_fails_at_once_if_too_many_have_another_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
     add = LocalFleet._add
 
     def first_is_weak(fleet: LocalFleet, index: int) -> None:
@@ -333,10 +333,9 @@ def test_containers_of_another_isolation_are_made_up_for_by_others(monkeypatch: 
         add(fleet, index)
 
     monkeypatch.setattr(LocalFleet, "_add", first_is_weak)
-    with SlotPool(isolation="bwrap", slots_per_container=1, min_containers=0, max_containers=2) as pool, pool.slot() as s:
-        assert s.bash("true").metadata["isolation"] == "bwrap"
-        assert len(servers()) == 2
-        assert pool.total_slots == 1
+    settings: dict[str, Any] = {"isolation": "bwrap", "slots_per_container": 1, "start_timeout": 1000}
+    with pytest.raises(IsolationUnavailable, match="expected bwrap, got none"):
+        SlotPool(min_containers=2, **settings).start()
 
 
 def test_containers_that_hang_keep_no_others_leases_from_being_renewed() -> None:
