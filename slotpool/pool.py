@@ -220,7 +220,6 @@ class SlotPool:
         except BaseException:
             slot.release()
             raise
-        logs.lease(log, slot.slot_id, slot._tenure.token, "acquired in %s for %s", slot.alloc_id, slot.trajectory_id)
         return slot
 
     def _take(self, trajectory_id: str | None = None, timeout: float | None = None, setup: Steps | None = None) -> Slot:
@@ -248,6 +247,7 @@ class SlotPool:
             with tenure.use() as client:
                 tenure.network = client.reset(tenure.slot, tenure.token, wanted)
         slot._prepare()
+        logs.lease(log, slot.slot_id, tenure.token, "acquired in %s for %s", slot.alloc_id, slot.trajectory_id)
 
     def _situation(self) -> str:
         """What keeps callers waiting, in words."""

@@ -78,6 +78,13 @@ def test_every_item_has_a_clean_slot_set_up_for_it(pool: SlotPool) -> None:
     assert set(pool.map(look, range(12), setup="touch ready")) == {"ready\n"}
 
 
+def test_the_log_tells_who_has_which_slot(pool: SlotPool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "slotpool")
+    assert list(pool.map(echo, range(2), workers=1)) == [0, 1]
+    told = [record.getMessage() for record in caplog.records if record.name == "slotpool.pool"]
+    assert [sum(word in text for text in told) for word in ("acquired in local-", "released")] == [2, 2]
+
+
 def test_items_are_taken_as_slots_become_free(pool: SlotPool) -> None:
     taken = []
 
