@@ -15,8 +15,9 @@ except ImportError as e:
 from gymnasium.error import CustomSpaceError, InvalidAction, ResetNeeded
 
 from .config import SlotPoolConfig
-from .errors import InvalidRequest, SetupFailed, SlotBroken, SlotError, SlotPoolError, shown
+from .errors import InvalidRequest, SlotBroken, SlotError, SlotPoolError, shown
 from .pool import SlotPool
+from .preparing import cause_of
 from .slot import ExecutionResult
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class SlotEnv(gymnasium.Env[str, str]):
                 first = self.set_up(self._slot, options or {})
                 break
             except SlotPoolError as e:
-                is_loss = isinstance(e.__cause__ if isinstance(e, SetupFailed) else e, SlotError)
+                is_loss = isinstance(cause_of(e), SlotError)
                 if not is_loss or not tries_left:
                     raise
                 log.warning("a slot was lost amid its set-up, which is begun anew in another: %s", e)

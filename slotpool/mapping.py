@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Callable, Generic, TypeVar, Union
 
 from .errors import AcquireTimeout, ContainerLost, InvalidRequest, LeaseLost, PoolClosed, SetupFailed, shown
-from .preparing import steps_of
+from .preparing import cause_of, steps_of
 from .progress import Progress
 from .slot import SlotState
 
@@ -228,7 +228,7 @@ class _Work(Generic[Item, Value]):
             except StopIteration as e:  # which would end who iterates over the results, see PEP 479
                 raise RuntimeError("fn raised StopIteration") from e
             except (ContainerLost, LeaseLost, SetupFailed) as e:
-                cause = e.__cause__ if isinstance(e, SetupFailed) else e
+                cause = cause_of(e)
                 is_lost = isinstance(cause, ContainerLost) or (isinstance(cause, LeaseLost) and slot.state is SlotState.ERROR)
                 if not is_lost or not left or self.is_stopped:
                     raise

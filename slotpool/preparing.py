@@ -61,6 +61,11 @@ def prepare(slot: Slot, steps: tuple[Step, ...], timeout: float) -> None:
         tenure.prepared += (step,)
 
 
+def cause_of(error: BaseException) -> BaseException | None:
+    """What a step has raised, if it is a setup that failed; else the error itself."""
+    return error.__cause__ if isinstance(error, SetupFailed) else error
+
+
 def _name(step: Step) -> str:
     if not isinstance(step, str):
         return str(getattr(step, "__qualname__", None) or shown(step))

@@ -268,8 +268,7 @@ class Slot:
 
     def _prepare(self) -> None:
         """Carry out what is still to be done of its setup."""
-        if self._setup:
-            prepare(self, self._setup, self._pool.config.setup_timeout)
+        prepare(self, self._setup, self._pool.config.setup_timeout)
 
     def release(self) -> None:
         """Give the slot back; returns at once, the cleaning is done in the background. Repeatable."""

@@ -133,7 +133,7 @@ class Supply:
             container = tenure.container
             if container.tenures.get(tenure.token) is not tenure:
                 self.counters.returns_bad += 1  # lost while it was used
-            elif not tenure.holds:  # which a call has found out, and no renewal yet
+            elif tenure.lost:  # which a call has found out, and no renewal yet
                 self.counters.returns_bad += 1
                 self.counters.leases_lost += 1
                 del container.tenures[tenure.token]

@@ -36,8 +36,8 @@ class Tenure:
         self._lock = threading.Lock()  # guards the fields below
         self._running = 0
         self._end = ""  # why it can't be used any more
-        self._lost = False  # which the holder has not answered by giving it back
-        self.holds = True  # as far as is known
+        self._lost = False
+        self._released = False
         self._pid = os.getpid()
 
     def handed_on(self) -> Tenure:
@@ -70,16 +70,15 @@ class Tenure:
     def lose(self, why: str) -> None:
         """The server does not know the lease any more, or the server itself is lost."""
         with self._lock:
-            self.holds = False
-            if not self._end:
-                self._end, self._lost = why, True
+            self._lost = True
+            self._end = self._end or why
 
     def end(self) -> bool:
         """The holder gives it back; False if that was done before."""
         with self._lock:
-            if self._end and not self._lost:
+            if self._released:
                 return False
-            self._end, self._lost = "the slot has been released", False
+            self._end, self._released = "the slot has been released", True
             return True
 
     @property
@@ -95,10 +94,10 @@ class Tenure:
     @property
     def state(self) -> SlotState:
         with self._lock:
+            if self._released:
+                return SlotState.RELEASING
             if self._lost:
                 return SlotState.ERROR
-            if self._end:
-                return SlotState.RELEASING
             return SlotState.EXECUTING if self._running else SlotState.ACQUIRED
 
 
