@@ -22,7 +22,7 @@ import pytest
 
 from slotpool import SlotPool
 from slotpool.sandbox.client import SandboxClient
-from slotpool.sandbox.protocol import Lease
+from slotpool.sandbox.protocol import CallRequest, Lease
 
 # A shell starts what runs in its background with Ctrl-C ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -168,6 +168,18 @@ def describe_slots(client: SandboxClient) -> list[dict[str, str]]:
     """What a server tells of each of its slots."""
     _, told = client._http.json("GET", "/v1/slots", None, 10)
     return list(told["slots"])
+
+
+def call_of(lease: Lease, execution_id: str, command: str, timeout: float = 20.0) -> CallRequest:
+    """A command in a lease's slot, for a batch."""
+    return {
+        "slot": lease["slot"],
+        "lease": lease["token"],
+        "execution_id": execution_id,
+        "tool": "bash",
+        "args": {"command": command},
+        "timeout": timeout,
+    }
 
 
 def can_run(identity: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import OURS, PACKAGE, sleepers, wait_until
 
-from slotpool import SlotPool
+from slotpool import Slot, SlotPool
 from slotpool.errors import PoolClosed
 from slotpool.fleet.local import LocalFleet
 
@@ -156,17 +156,23 @@ def test_a_stop_that_was_interrupted_can_be_finished(monkeypatch: pytest.MonkeyP
         pool.acquire()
 
 
-def test_a_release_that_was_interrupted_can_be_repeated(pool: SlotPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    give_back = pool._supply.give_back
+def interrupt_release(s: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amid it."""
+    supply = s._pool._supply
+    give_back = supply.give_back
 
     def interrupted(*args: object, **more: object) -> None:
-        monkeypatch.setattr(pool._supply, "give_back", give_back)
+        monkeypatch.setattr(supply, "give_back", give_back)
         raise KeyboardInterrupt
 
-    s = pool.acquire()
-    monkeypatch.setattr(pool._supply, "give_back", interrupted)
+    monkeypatch.setattr(supply, "give_back", interrupted)
     with pytest.raises(KeyboardInterrupt):
         s.release()
+
+
+def test_a_release_that_was_interrupted_can_be_repeated(pool: SlotPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = pool.acquire()
+    interrupt_release(s, monkeypatch)
     assert pool.acquired_slots == 1
     s.release()
     assert pool.acquired_slots == 0
@@ -174,16 +180,8 @@ def test_a_release_that_was_interrupted_can_be_repeated(pool: SlotPool, monkeypa
 
 def test_a_slot_is_given_back_that_is_dropped_amid_its_release(monkeypatch: pytest.MonkeyPatch) -> None:
     with SlotPool(slots_per_container=1, max_containers=1, health_check_interval=0.05) as pool:
-        give_back = pool._supply.give_back
-
-        def interrupted(*args: object, **more: object) -> None:
-            monkeypatch.setattr(pool._supply, "give_back", give_back)
-            raise KeyboardInterrupt
-
         s = pool.acquire()
-        monkeypatch.setattr(pool._supply, "give_back", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            s.release()
+        interrupt_release(s, monkeypatch)
         del s
         gc.collect()  # what was raised has it too
         with pool.slot(timeout=20) as s:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
-from conftest import Server, StartServer, wait_until
+from conftest import Server, StartServer, call_of, wait_until
 from proxy import Cut, CuttingProxy
 
 from slotpool.errors import ContainerLost, InvalidRequest, LeaseLost, SlotBroken
@@ -16,7 +16,7 @@ from slotpool.sandbox import protocol
 from slotpool.sandbox.client import SandboxClient
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
-from slotpool.sandbox.protocol import CallRequest, Lease, RequestFailed
+from slotpool.sandbox.protocol import Lease, RequestFailed
 from slotpool.sandbox.tenancies import HostConfig
 
 Through = Callable[[Server, Cut], SandboxClient]
@@ -170,14 +170,7 @@ def test_a_failure_that_is_kept_keeps_nothing_of_where_it_was_raised(monkeypatch
     host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
     try:
         (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
-        call: CallRequest = {
-            "slot": lease["slot"],
-            "lease": lease["token"],
-            "execution_id": "x",
-            "tool": "bash",
-            "args": {"command": "true"},
-            "timeout": 20.0,
-        }
+        call = call_of(lease, "x", "true")
         for _ in range(2):
             (failure,), afterwards = host.execute([call], 20.0)
             afterwards()
@@ -268,14 +261,7 @@ def test_a_call_of_a_batch_that_was_cancelled_before_it_came_never_runs(start_se
     server = start_server("bwrap", slots=1)
     (lease,) = server.lease()
     server.client.cancel_quietly(lease["slot"], lease["token"], "x")
-    call: CallRequest = {
-        "slot": lease["slot"],
-        "lease": lease["token"],
-        "execution_id": "x",
-        "tool": "bash",
-        "args": {"command": "touch ran"},
-        "timeout": 20.0,
-    }
+    call = call_of(lease, "x", "touch ran")
     (failure,) = server.client.batch([call])
     assert isinstance(failure, SlotBroken)
     assert not failure.may_have_run
@@ -289,14 +275,7 @@ def test_nor_does_one_killed_before_a_batch(start_server: StartServer) -> None:
     ran = 0
     for i in range(30):
         server.bash(lease, KILL_SHELLS)
-        call: CallRequest = {
-            "slot": lease["slot"],
-            "lease": lease["token"],
-            "execution_id": f"x{i}",
-            "tool": "bash",
-            "args": {"command": RUN},
-            "timeout": 20.0,
-        }
+        call = call_of(lease, f"x{i}", RUN)
         (result,) = server.client.batch([call])
         assert isinstance(result, dict), result
         ran = assert_ran_once(server, lease, ran, result)

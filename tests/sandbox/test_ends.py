@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 from cells import zygotes
-from conftest import PACKAGE, ROOT, StartServer, wait_until, why_not
+from conftest import PACKAGE, ROOT, StartServer, call_of, wait_until, why_not
 
 from slotpool.errors import IsolationUnavailable, StartFailed
 from slotpool.sandbox import cgroups, confine, killing, linux, sandboxes
 from slotpool.sandbox import host as host_module
 from slotpool.sandbox.host import Host
 from slotpool.sandbox.nursery_process import NurseryProcess
-from slotpool.sandbox.protocol import CallRequest, Lease, RequestFailed
+from slotpool.sandbox.protocol import RequestFailed
 from slotpool.sandbox.tenancies import HostConfig, Tenancy, TenancyMaker
 
 BATCH = 10  # more than sandboxes are made at once
@@ -89,23 +89,12 @@ def test_leases_end_also_where_no_more_threads_can_be_had(monkeypatch: pytest.Mo
         host.close()
 
 
-def _call(lease: Lease, command: str, timeout: float = 20.0) -> CallRequest:
-    return {
-        "slot": lease["slot"],
-        "lease": lease["token"],
-        "execution_id": command,
-        "tool": "bash",
-        "args": {"command": command},
-        "timeout": timeout,
-    }
-
-
 def test_so_do_commands_that_go_on_after_their_requests_time(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(HostConfig(slots=1, isolation="none"), NurseryProcess())
     try:
         (lease,) = host.lease("test", 60, 1, (), 20)["leases"]
         _no_threads(monkeypatch, "slotpool-execution")
-        (answer,), afterwards = host.execute([_call(lease, "sleep 1021", 0.5)], 0.0)
+        (answer,), afterwards = host.execute([call_of(lease, "x", "sleep 1021", 0.5)], 0.0)
         afterwards()
         assert isinstance(answer, dict)
         assert answer["timed_out"]
@@ -135,7 +124,7 @@ def test_of_two_resets_at_once_none_takes_the_lease_for_lost(
             resets = [executor.submit(host.reset, lease["slot"], lease["token"], network) for network in networks]
             has = [reset.result() for reset in resets]
         assert has == [lease["network"] if network is None else network for network in networks]
-        (answer,), afterwards = host.execute([_call(lease, "echo well")], 20.0)
+        (answer,), afterwards = host.execute([call_of(lease, "x", "echo well")], 20.0)
         afterwards()
         assert isinstance(answer, dict)
         assert answer["stdout"] == "well\n"
